@@ -1,0 +1,118 @@
+"""A Hugging Face decoder as embed / blocks / head, driven by hand.
+
+Block-wise work (recomputation, dual numbers, gathered weights) needs each decoder block as a function of its hidden
+state and of its own adapter. The blocks' other arguments (masks, rotary embeddings) are the model's own: its forward is
+run once with the blocks stubbed out and what each would have been called with is kept.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from mass.errors import MassError
+from mass.lora import Adapter, Layers, using
+
+_NORMS = ("norm", "final_layer_norm", "ln_f", "final_layernorm")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Where a decoder's parts are. `prefix[i]` is the module path of block i, with a dot at its end."""
+
+    body: nn.Module
+    blocks: list[nn.Module]
+    prefix: list[str]
+    norm: nn.Module
+    layers: Layers
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one batch gives to the blocks: the embedded tokens [B, S, D], and each block's other arguments."""
+
+    hidden_BSD: Tensor
+    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+def split(hf: nn.Module, layers: Layers) -> Split:
+    """Find the blocks of a decoder. Raises MassError, naming the engines that need no split, when they are not found
+    or when driving them by hand does not give the model's own hidden states.
+    """
+    kind = type(hf).__name__
+    way_out = "meta_gradient.mode=reverse and meta_gradient.mode=finite_difference work without them."
+    count = getattr(hf.config.get_text_config(), "num_hidden_layers", None)
+    body = hf.base_model
+    for name, module in body.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            owner = body.get_submodule(name.rpartition(".")[0])
+            norms = [getattr(owner, n) for n in _NORMS if isinstance(getattr(owner, n, None), nn.Module)]
+            if len(norms) == 1:
+                path = f"{hf.base_model_prefix}.{name}" if hf.base_model_prefix and body is not hf else name
+                found = Split(body, list(module), [f"{path}.{i}." for i in range(len(module))], norms[0], layers)
+                break
+    else:
+        raise MassError(f"{kind}: no list of {count} decoder blocks followed by a norm was found. {way_out}")
+    if not _agrees(found):
+        raise MassError(f"{kind}: its blocks driven one by one do not give its own hidden states. {way_out}")
+    return found
+
+
+def enter(parts: Split, tokens_BS: Tensor, positions_BS: Tensor) -> Call:
+    """Embed a batch and record what every block is called with."""
+    seen: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
+
+    def stub(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        seen.append((hidden, args, kwargs))
+        return hidden
+
+    for block in parts.blocks:
+        block.forward = stub  # type: ignore[method-assign]
+    try:
+        with torch.no_grad():
+            parts.body(input_ids=tokens_BS, position_ids=positions_BS, use_cache=False)
+    finally:
+        for block in parts.blocks:
+            del block.forward
+    return Call(seen[0][0], [(args, kwargs) for _, args, kwargs in seen])
+
+
+def run_block(parts: Split, call: Call, i: int, hidden_BSD: Tensor, adapter: Mapping[str, Tensor]) -> Tensor:
+    """Block i as a function of its input and of its own adapter (a dict with that block's keys only, or empty)."""
+    args, kwargs = call.arguments[i]
+    with using(parts.layers, adapter):
+        out = parts.blocks[i](hidden_BSD, *args, **kwargs)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def of_block(parts: Split, i: int, adapter: Mapping[str, Tensor]) -> Adapter:
+    """The part of an adapter that belongs to block i."""
+    return {key: tensor for key, tensor in adapter.items() if key.startswith(parts.prefix[i])}
+
+
+@contextlib.contextmanager
+def differentiable_attention() -> Iterator[None]:
+    """Only attention kernels that have a second derivative and a forward mode: flash and memory-efficient kernels, and
+    the CPU's, have neither. Needed around inner losses only; generation and outer losses keep the fast kernels.
+    """
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+def _agrees(parts: Split) -> bool:
+    device = next(parts.body.parameters()).device
+    tokens = torch.arange(1, 9, device=device).view(1, 8) % parts.body.get_input_embeddings().num_embeddings
+    positions = torch.arange(8, device=device).view(1, 8)
+    with torch.no_grad(), using(parts.layers, None):
+        call = enter(parts, tokens, positions)
+        if len(call.arguments) != len(parts.blocks):
+            return False
+        hidden = call.hidden_BSD
+        for i in range(len(parts.blocks)):
+            hidden = run_block(parts, call, i, hidden, {})
+        whole = parts.body(input_ids=tokens, position_ids=positions, use_cache=False).last_hidden_state
+    return torch.allclose(parts.norm(hidden), whole, rtol=1e-3, atol=1e-3)

@@ -1,0 +1,157 @@
+"""Log-probabilities of target tokens, and first-order gradients of losses made of them.
+
+Two routes to the same numbers: `plain` lets autograd keep every activation; with a `Split` the blocks are recomputed one
+by one in the backward pass, so that a gradient holds one block's activations. Logits exist for one chunk of target
+tokens at a time: a token's log-probability depends on its own hidden state alone, so its derivative J_MD (the size of
+the hidden states) is taken at once and the vocabulary is never kept.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from mass.batch import Packed
+from mass.blocks import Split, differentiable_attention, enter, of_block, run_block
+from mass.errors import MassError
+from mass.lora import Adapter, Layers, using
+
+CHUNK = 1024
+
+
+def logits(hf: nn.Module, hidden_MD: Tensor) -> Tensor:
+    """The model's logits [M, V] of normalised hidden states, in fp32 (fp64 stays), with Gemma's soft cap."""
+    out = hf.get_output_embeddings()(hidden_MD)
+    out = out if out.dtype == torch.float64 else out.float()
+    cap = getattr(hf.config.get_text_config(), "final_logit_softcapping", None)
+    return torch.tanh(out / cap) * cap if cap else out
+
+
+def check_head(hf: nn.Module) -> None:
+    """Raise MassError when `logits` is not how this architecture makes its logits (a scale we do not know, say)."""
+    tokens = torch.arange(4, device=next(hf.parameters()).device).view(1, 4)
+    with torch.no_grad():
+        whole = hf(input_ids=tokens, use_cache=False).logits[0].float()
+        ours = logits(hf, hf.base_model(input_ids=tokens, use_cache=False).last_hidden_state[0]).float()
+    if not torch.allclose(whole, ours, rtol=2e-2, atol=2e-2):
+        raise MassError(
+            f"model.path: {type(hf).__name__} makes its logits in a way that mass does not know. "
+            "Models of the Llama, Qwen, Gemma, Mistral and GPT-NeoX families work."
+        )
+
+
+def token_logprobs(
+    hf: nn.Module, layers: Layers, packed: Packed, adapter: Adapter | None, *, second_order: bool = False
+) -> Tensor:
+    """log p(target token), [M], differentiable in the adapter. `second_order`: twice, with every activation kept."""
+    with using(layers, adapter):
+        if second_order:
+            with differentiable_attention():
+                hidden_BSD = _body(hf, packed)
+        else:
+            hidden_BSD = _body(hf, packed)
+    hidden_MD = hidden_BSD.flatten(0, 1)[packed.place_M]
+    if second_order:
+        return pick(logits(hf, hidden_MD), packed.label_M)
+    return _HeadLogprob.apply(hidden_MD, packed.label_M, hf)
+
+
+def example_loss(packed: Packed, logprob_M: Tensor) -> Tensor:
+    """Mean cross-entropy of each example's target tokens, [T, N]; 0 where an example has none."""
+    return -packed.mean_by_example(logprob_M)
+
+
+Loss = Callable[[Tensor], Tensor]
+
+
+def loss_and_grad(
+    hf: nn.Module, layers: Layers, packed: Packed, adapter: Adapter, loss: Loss, *, parts: Split | None = None
+) -> tuple[Tensor, Tensor, Adapter]:
+    """`loss(logprob_M)` (a scalar), the log-probabilities, and the loss's gradient by the adapter.
+
+    `parts`: recompute block by block (the memory of one block's activations, half as much time again).
+    """
+    if packed.label_M.numel() == 0:
+        nothing = torch.zeros(0, device=packed.label_M.device)
+        return loss(nothing).detach(), nothing, {key: torch.zeros_like(x) for key, x in adapter.items()}
+    if parts is not None:
+        return _blockwise(hf, parts, packed, adapter, loss)
+    leaf = {key: tensor.detach().requires_grad_() for key, tensor in adapter.items()}
+    logprob_M = token_logprobs(hf, layers, packed, leaf)
+    value = loss(logprob_M)
+    grads = torch.autograd.grad(value, list(leaf.values()), allow_unused=True, materialize_grads=True)
+    return value.detach(), logprob_M.detach(), dict(zip(leaf, grads, strict=True))
+
+
+def head_rows(hf: nn.Module, hidden_MD: Tensor, label_M: Tensor) -> tuple[Tensor, Tensor]:
+    """log p(label) of each row [M] and its derivative by that row's hidden state J_MD, a chunk of logits at a time."""
+    logprobs, jacobians = [], []
+    for h, label in zip(hidden_MD.detach().split(CHUNK), label_M.split(CHUNK), strict=True):
+        with torch.enable_grad():
+            h = h.requires_grad_()
+            logprob = pick(logits(hf, h), label)
+            (j,) = torch.autograd.grad(logprob.sum(), h)
+        logprobs.append(logprob.detach())
+        jacobians.append(j)
+    return torch.cat(logprobs), torch.cat(jacobians)
+
+
+class _HeadLogprob(torch.autograd.Function):
+    """Head and log-softmax as one function that keeps J_MD instead of logits. Once differentiable."""
+
+    @staticmethod
+    def forward(ctx, hidden_MD: Tensor, label_M: Tensor, hf: nn.Module) -> Tensor:  # type: ignore[no-untyped-def]
+        if not hidden_MD.requires_grad:
+            parts = zip(hidden_MD.split(CHUNK), label_M.split(CHUNK), strict=True)
+            return torch.cat([pick(logits(hf, h), label) for h, label in parts])
+        logprob_M, jacobian_MD = head_rows(hf, hidden_MD, label_M)
+        ctx.save_for_backward(jacobian_MD)
+        return logprob_M
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_M: Tensor):  # type: ignore[no-untyped-def]
+        (jacobian_MD,) = ctx.saved_tensors
+        return (grad_M.unsqueeze(1) * jacobian_MD.to(grad_M.dtype)).to(jacobian_MD.dtype), None, None
+
+
+def pick(logits_MV: Tensor, label_M: Tensor) -> Tensor:
+    return logits_MV.gather(1, label_M.unsqueeze(1)).squeeze(1) - logits_MV.logsumexp(1)
+
+
+def _body(hf: nn.Module, packed: Packed) -> Tensor:
+    out = hf.base_model(input_ids=packed.tokens_BS, position_ids=packed.positions_BS, use_cache=False)
+    return out.last_hidden_state
+
+
+def _blockwise(hf: nn.Module, parts: Split, packed: Packed, adapter: Adapter, loss: Loss) -> tuple[Tensor, Tensor, Adapter]:
+    call = enter(parts, packed.tokens_BS, packed.positions_BS)
+    adapter = {key: tensor.detach() for key, tensor in adapter.items()}
+    kept = []
+    hidden = call.hidden_BSD
+    with torch.no_grad():
+        for i in range(len(parts.blocks)):
+            kept.append(hidden)
+            hidden = run_block(parts, call, i, hidden, of_block(parts, i, adapter))
+    with torch.enable_grad():
+        last = hidden.requires_grad_()
+        rows_MD = parts.norm(last).flatten(0, 1)[packed.place_M]
+        logprob_M, jacobian_MD = head_rows(hf, rows_MD, packed.label_M)
+        logprob_M.requires_grad_()
+        value = loss(logprob_M)
+        (share_M,) = torch.autograd.grad(value, logprob_M, materialize_grads=True)
+        back_MD = (share_M.unsqueeze(1) * jacobian_MD.to(share_M.dtype)).to(rows_MD.dtype)
+        (back,) = torch.autograd.grad(rows_MD, last, back_MD)
+    del last, rows_MD, jacobian_MD, hidden
+    grads: Adapter = {}
+    for i in reversed(range(len(parts.blocks))):
+        inputs = {key: tensor.requires_grad_() for key, tensor in of_block(parts, i, adapter).items()}
+        with torch.enable_grad():
+            hidden = kept.pop().detach().requires_grad_(i > 0)
+            out = run_block(parts, call, i, hidden, inputs)
+            wanted = [*inputs.values(), *([hidden] if i > 0 else [])]
+            got = torch.autograd.grad(out, wanted, back, allow_unused=True, materialize_grads=True) if wanted else ()
+        grads |= dict(zip(inputs, got, strict=False))
+        back = got[-1] if i > 0 else back
+        del out, hidden
+    return value.detach(), logprob_M.detach(), {key: grads[key].detach() for key in adapter}

@@ -1,0 +1,219 @@
+"""Linear layers whose LoRA adapter has a leading task axis, and PEFT's files in and out.
+
+An adapter is a plain dict of tensors, `{"<layer>.A": [T, R, in], "<layer>.B": [T, out, R]}`: T tasks adapt, are
+differentiated and generate side by side with one `bmm`. Nothing is patched or vmapped: a layer reads the pair that
+`using` put in its slot, so the same layers serve generation, torch.func transforms and block-wise recomputation.
+
+LoRA: Hu et al., arXiv 2106.09685. File format: PEFT (`adapter_config.json`, `adapter_model.safetensors`).
+"""
+
+import contextlib
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mass.errors import MassError
+
+Adapter = dict[str, Tensor]
+PEFT_PREFIX = "base_model.model."
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer plus the low-rank update of whatever adapter is in its slot.
+
+    Input [B, ..., in] with B a multiple of T: row b uses adapter b // (B / T). The update is computed in the
+    adapter's dtype (fp32 in training) and added in the base's.
+    """
+
+    def __init__(self, base: nn.Linear, scale: float) -> None:
+        super().__init__()
+        self.base = base
+        self.scale = scale
+        self.slot: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        if self.slot is None:
+            return y
+        a_TRI, b_TOR = self.slot
+        x_TBI = x.reshape(a_TRI.shape[0], -1, x.shape[-1]).to(a_TRI.dtype)
+        update = torch.bmm(torch.bmm(x_TBI, a_TRI.mT), b_TOR.mT) * self.scale
+        return y + update.reshape(y.shape).to(y.dtype)
+
+
+Layers = dict[str, LoraLinear]
+
+
+@dataclass(frozen=True)
+class LoraShape:
+    """What PEFT's `adapter_config.json` says of an adapter's shape."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+def attach(hf: nn.Module, shape: LoraShape) -> Layers:
+    """Put LoRA slots on the linear layers whose name ends in one of the targets; the head is never one of them.
+
+    `all-linear` names every linear layer but the output head. Returns name -> layer in the model's order. Raises
+    MassError when a target matches nothing. A model takes one set of slots only.
+    """
+    head = hf.get_output_embeddings() if hasattr(hf, "get_output_embeddings") else None
+    linears = {name: m for name, m in hf.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    if any(isinstance(m, LoraLinear) for m in hf.modules()):
+        raise MassError("this model already has LoRA slots: detach() them first")
+
+    def hit(name: str, target: str) -> bool:
+        return target == "all-linear" or name == target or name.endswith("." + target)
+
+    for target in shape.targets:
+        if not any(hit(name, target) for name in linears):
+            kinds = sorted({name.rsplit(".", 1)[-1] for name in linears})
+            raise MassError(f"lora.targets: no linear layer is named {target!r}. This model has: {', '.join(kinds)}")
+    layers: Layers = {}
+    for name, linear in linears.items():
+        if any(hit(name, target) for target in shape.targets):
+            parent = hf.get_submodule(name.rpartition(".")[0])
+            layers[name] = LoraLinear(linear, shape.scale)
+            setattr(parent, name.rpartition(".")[2], layers[name])
+    return layers
+
+
+def detach(hf: nn.Module, layers: Layers) -> None:
+    """Undo `attach`: every linear layer is again the object that it was."""
+    for name, layer in layers.items():
+        setattr(hf.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], layer.base)
+
+
+@contextlib.contextmanager
+def using(layers: Layers, adapter: Mapping[str, Tensor] | None) -> Iterator[None]:
+    """Within the context every forward uses `adapter` (None: the base model alone). Restores what was there before.
+
+    An adapter may name a part of the layers only (one block's): the others keep what they have.
+    """
+    names = layers.keys() if adapter is None else {key.rpartition(".")[0] for key in adapter}
+    before = {name: layers[name].slot for name in names}
+    try:
+        for name in names:
+            layers[name].slot = None if adapter is None else (adapter[f"{name}.A"], adapter[f"{name}.B"])
+        yield
+    finally:
+        for name, slot in before.items():
+            layers[name].slot = slot
+
+
+def fresh(layers: Layers, rank: int, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Adapter:
+    """A new adapter without task axis, as PEFT starts one: A uniform(+-1/sqrt(in)), B zero."""
+    adapter: Adapter = {}
+    for name, layer in layers.items():
+        out, width = layer.weight.shape
+        a_RI = torch.empty(rank, width, dtype=dtype)
+        # PEFT's kaiming_uniform_(a=sqrt(5)) is this bound
+        bound = 1 / math.sqrt(width)
+        adapter[f"{name}.A"] = a_RI.uniform_(-bound, bound, generator=generator)
+        adapter[f"{name}.B"] = torch.zeros(out, rank, dtype=dtype)
+    return {key: tensor.to(layers[key.rpartition(".")[0]].weight.device) for key, tensor in adapter.items()}
+
+
+def expand(policy: Mapping[str, Tensor], tasks: int) -> Adapter:
+    """One adapter without task axis -> the same for T tasks, [T, ...], each its own memory."""
+    return {key: tensor.detach().unsqueeze(0).repeat(tasks, 1, 1) for key, tensor in policy.items()}
+
+
+def select(adapter: Mapping[str, Tensor], index: Iterable[int]) -> Adapter:
+    """The adapters of the named tasks, in that order: [T, ...] -> [len(index), ...]."""
+    rows = torch.as_tensor(list(index), dtype=torch.long)
+    return {key: tensor.index_select(0, rows.to(tensor.device)) for key, tensor in adapter.items()}
+
+
+def save_peft(folder: Path, policy: Mapping[str, Tensor], shape: LoraShape, base_name: str) -> None:
+    """Write an adapter without task axis as a PEFT folder that `PeftModel.from_pretrained` loads."""
+    from peft import LoraConfig
+
+    names = sorted({key.rpartition(".")[0] for key in policy})
+    config = LoraConfig(
+        r=shape.rank,
+        # PEFT types it int and keeps a float as it is
+        lora_alpha=shape.alpha if shape.alpha % 1 else int(shape.alpha),  # type: ignore[arg-type]
+        target_modules=names,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base_name,
+        inference_mode=True,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(folder)
+    tensors = {}
+    for name in names:
+        tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = policy[f"{name}.A"].detach().cpu().contiguous()
+        tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = policy[f"{name}.B"].detach().cpu().contiguous()
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def read_peft_shape(folder: Path) -> LoraShape:
+    """Rank, alpha and layer names of a PEFT LoRA folder. Raises MassError for what these layers cannot hold."""
+    path = folder / "adapter_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MassError(f"{folder} is not a PEFT folder: it has no adapter_config.json") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise MassError(f"{path}: not JSON ({error})") from None
+    if config.get("peft_type") != "LORA":
+        raise MassError(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA adapters can be adapted further")
+    for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out"):
+        if config.get(key):
+            raise MassError(f"{path}: {key}={config[key]!r} is not supported; export the adapter as plain LoRA")
+    if config.get("bias", "none") != "none":
+        raise MassError(f"{path}: bias={config['bias']!r} is not supported; export the adapter with bias='none'")
+    rank, alpha = int(config["r"]), float(config["lora_alpha"])
+    if config.get("use_rslora"):
+        alpha *= math.sqrt(rank)
+    targets = config["target_modules"]
+    return LoraShape(rank, alpha, (targets,) if isinstance(targets, str) else tuple(sorted(targets)))
+
+
+def load_peft(folder: Path, layers: Layers, device: torch.device | str = "cpu") -> Adapter:
+    """Read the adapter (without task axis, fp32) of a PEFT folder and hold it against the layers it must fit."""
+    path = folder / "adapter_model.safetensors"
+    if not path.exists():
+        raise MassError(f"{folder}: no adapter_model.safetensors (pickled adapter_model.bin files are not read)")
+    adapter: Adapter = {}
+    with safe_open(path, framework="pt", device=str(device)) as file:
+        for key in file.keys():  # noqa: SIM118 (safe_open is no dict)
+            name, _, kind = key.removeprefix(PEFT_PREFIX).removesuffix(".weight").rpartition(".lora_")
+            adapter[f"{name}.{kind}"] = file.get_tensor(key).float()
+    wanted = {}
+    for name, layer in layers.items():
+        out, width = layer.weight.shape
+        wanted |= {f"{name}.A": (-1, width), f"{name}.B": (out, -1)}
+    extra, missing = sorted(adapter.keys() - wanted.keys()), sorted(wanted.keys() - adapter.keys())
+    if extra or missing:
+        what = f"it has {extra[0]}, which this base lacks" if extra else f"it lacks {missing[0]}"
+        raise MassError(f"{folder}: this adapter was made for another base model: {what}")
+    for key, size in wanted.items():
+        if any(want not in (-1, have) for want, have in zip(size, adapter[key].shape, strict=True)):
+            raise MassError(
+                f"{folder}: this adapter was made for another base model: {key} has shape "
+                f"{tuple(adapter[key].shape)}, the base wants {tuple('R' if n < 0 else n for n in size)}"
+            )
+    return {key: adapter[key] for key in wanted}

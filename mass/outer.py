@@ -1,0 +1,86 @@
+"""Outer losses, the credit, and the policy gradient: everything between an adapted model and the outer optimizer step.
+
+Formulas are those of docs/mathematics.md. MASS: arXiv 2603.03524. Clipped policy gradient: PPO, arXiv 1707.06347;
+group-relative advantage: GRPO, arXiv 2402.03300; KL estimator k3: Schulman, "Approximating KL divergence" (2020).
+"""
+
+import torch
+from torch import Tensor
+
+from mass.batch import Packed
+from mass.forward import example_loss
+
+
+def gold_loss(packed: Packed, logprob_M: Tensor) -> Tensor:
+    """Cross-entropy of each task's reference solution, [T]."""
+    return example_loss(packed, logprob_M).squeeze(1)
+
+
+def verifier_loss(packed: Packed, logprob_M: Tensor, advantage_TG: Tensor) -> Tensor:
+    """-(1/G) sum_j A_j (mean over the tokens of answer j of log pi), [T]."""
+    return (advantage_TG * example_loss(packed, logprob_M)).mean(1)
+
+
+def group_advantage(reward_TG: Tensor, min_spread: float) -> Tensor:
+    """(r - mean) / std within each task, [T, G]. A failed verdict (NaN) takes no part; no spread, no advantage."""
+    known = torch.isfinite(reward_TG)
+    return _standardise(reward_TG.nan_to_num(), known, min_spread)
+
+
+def credit_advantage(
+    by_score_TN: Tensor, valid_TN: Tensor, sampled_TN: Tensor, min_spread: float, malformed_penalty: float
+) -> Tensor:
+    """Advantage of each generated example, [T, N]: the credit -dL/ds standardised over the task's valid examples.
+
+    A malformed example gets -penalty; where nothing was sampled, 0. Standardised credit has no natural zero, so a task
+    whose credits hardly differ (standard deviation under `min_spread`) gives none: it would amplify noise.
+    """
+    advantage = _standardise(-by_score_TN, valid_TN, min_spread)
+    return torch.where(sampled_TN & ~valid_TN, -malformed_penalty, advantage)
+
+
+def normalised(by_score_TN: Tensor, min_spread: float) -> Tensor:
+    """dL/ds scaled to root mean square 1 in each task (the scorer's gradient); 0 where it is under `min_spread`."""
+    rms_T1 = by_score_TN.square().mean(1, keepdim=True).sqrt()
+    return torch.where(rms_T1 > min_spread, by_score_TN / rms_T1.clamp(min=1e-30), 0.0)
+
+
+def policy_loss(
+    packed: Packed,
+    logprob_M: Tensor,
+    old_M: Tensor,
+    base_M: Tensor | None,
+    advantage_TN: Tensor,
+    *,
+    ratio_clip: float,
+    beta: float,
+) -> tuple[Tensor, Tensor]:
+    """Clipped policy gradient plus beta KL(policy || base), per example [T, N], and the KL estimate [T, N].
+
+    ratio = pi / pi_old of each token; the loss of an example is the mean over its tokens of -min(ratio A, clip(ratio) A).
+    `base_M`: log-probabilities under the base model; None when beta is 0.
+    """
+    ratio_M = (logprob_M - old_M).exp()
+    a_M = advantage_TN.flatten()[packed.owner_M]
+    surrogate_M = torch.minimum(ratio_M * a_M, ratio_M.clamp(1 - ratio_clip, 1 + ratio_clip) * a_M)
+    loss_TN = -packed.mean_by_example(surrogate_M)
+    if base_M is None:
+        return loss_TN, torch.zeros_like(loss_TN)
+    gap_M = base_M - logprob_M
+    kl_TN = packed.mean_by_example(gap_M.exp() - gap_M - 1)
+    return loss_TN + beta * kl_TN, kl_TN
+
+
+def correlation(x: Tensor, y: Tensor) -> float:
+    """Pearson correlation of two flat tensors; NaN under three points or without spread."""
+    if x.numel() < 3 or x.std() == 0 or y.std() == 0:
+        return float("nan")
+    return torch.corrcoef(torch.stack([x.float(), y.float()]))[0, 1].item()
+
+
+def _standardise(value: Tensor, known: Tensor, min_spread: float) -> Tensor:
+    count = known.sum(1, keepdim=True)
+    mean = (value * known).sum(1, keepdim=True) / count.clamp(min=1)
+    centred = (value - mean) * known
+    std = (centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+    return torch.where((std > min_spread) & (count > 1), centred / std.clamp(min=1e-30), 0.0)
