@@ -107,7 +107,13 @@ def pack(
 
     padding = 1 - sum(n for task in lengths for n in task) / (shape[0] * shape[1] * shape[2])
     return Packed(
-        tokens.to(device), positions.to(device), join(place), join(label), join(owner), count.to(device), padding
+        tokens.to(device),
+        positions.to(device),
+        join(place),
+        join(label),
+        join(owner),
+        count.to(device),
+        padding,
     )
 
 

@@ -53,7 +53,9 @@ def split(hf: nn.Module, layers: Layers) -> Split:
             norms = [getattr(owner, n) for n in _NORMS if isinstance(getattr(owner, n, None), nn.Module)]
             if len(norms) == 1:
                 path = f"{hf.base_model_prefix}.{name}" if hf.base_model_prefix and body is not hf else name
-                found = Split(body, list(module), [f"{path}.{i}." for i in range(len(module))], norms[0], layers)
+                found = Split(
+                    body, list(module), [f"{path}.{i}." for i in range(len(module))], norms[0], layers
+                )
                 break
     else:
         raise MassError(f"{kind}: no list of {count} decoder blocks followed by a norm was found. {way_out}")

@@ -124,7 +124,9 @@ def _body(hf: nn.Module, packed: Packed) -> Tensor:
     return out.last_hidden_state
 
 
-def _blockwise(hf: nn.Module, parts: Split, packed: Packed, adapter: Adapter, loss: Loss) -> tuple[Tensor, Tensor, Adapter]:
+def _blockwise(
+    hf: nn.Module, parts: Split, packed: Packed, adapter: Adapter, loss: Loss
+) -> tuple[Tensor, Tensor, Adapter]:
     call = enter(parts, packed.tokens_BS, packed.positions_BS)
     adapter = {key: tensor.detach() for key, tensor in adapter.items()}
     kept = []
@@ -150,7 +152,11 @@ def _blockwise(hf: nn.Module, parts: Split, packed: Packed, adapter: Adapter, lo
             hidden = kept.pop().detach().requires_grad_(i > 0)
             out = run_block(parts, call, i, hidden, inputs)
             wanted = [*inputs.values(), *([hidden] if i > 0 else [])]
-            got = torch.autograd.grad(out, wanted, back, allow_unused=True, materialize_grads=True) if wanted else ()
+            got = (
+                torch.autograd.grad(out, wanted, back, allow_unused=True, materialize_grads=True)
+                if wanted
+                else ()
+            )
         grads |= dict(zip(inputs, got, strict=False))
         back = got[-1] if i > 0 else back
         del out, hidden

@@ -89,7 +89,9 @@ def attach(hf: nn.Module, shape: LoraShape) -> Layers:
     for target in shape.targets:
         if not any(hit(name, target) for name in linears):
             kinds = sorted({name.rsplit(".", 1)[-1] for name in linears})
-            raise MassError(f"lora.targets: no linear layer is named {target!r}. This model has: {', '.join(kinds)}")
+            raise MassError(
+                f"lora.targets: no linear layer is named {target!r}. This model has: {', '.join(kinds)}"
+            )
     layers: Layers = {}
     for name, linear in linears.items():
         if any(hit(name, target) for target in shape.targets):
@@ -122,7 +124,9 @@ def using(layers: Layers, adapter: Mapping[str, Tensor] | None) -> Iterator[None
             layers[name].slot = slot
 
 
-def fresh(layers: Layers, rank: int, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Adapter:
+def fresh(
+    layers: Layers, rank: int, generator: torch.Generator, dtype: torch.dtype = torch.float32
+) -> Adapter:
     """A new adapter without task axis, as PEFT starts one: A uniform(+-1/sqrt(in)), B zero."""
     adapter: Adapter = {}
     for name, layer in layers.items():
@@ -179,12 +183,18 @@ def read_peft_shape(folder: Path) -> LoraShape:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise MassError(f"{path}: not JSON ({error})") from None
     if config.get("peft_type") != "LORA":
-        raise MassError(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA adapters can be adapted further")
+        raise MassError(
+            f"{path}: peft_type is {config.get('peft_type')!r}; only LORA adapters can be adapted further"
+        )
     for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out"):
         if config.get(key):
-            raise MassError(f"{path}: {key}={config[key]!r} is not supported; export the adapter as plain LoRA")
+            raise MassError(
+                f"{path}: {key}={config[key]!r} is not supported; export the adapter as plain LoRA"
+            )
     if config.get("bias", "none") != "none":
-        raise MassError(f"{path}: bias={config['bias']!r} is not supported; export the adapter with bias='none'")
+        raise MassError(
+            f"{path}: bias={config['bias']!r} is not supported; export the adapter with bias='none'"
+        )
     rank, alpha = int(config["r"]), float(config["lora_alpha"])
     if config.get("use_rslora"):
         alpha *= math.sqrt(rank)
@@ -196,7 +206,9 @@ def load_peft(folder: Path, layers: Layers, device: torch.device | str = "cpu") 
     """Read the adapter (without task axis, fp32) of a PEFT folder and hold it against the layers it must fit."""
     path = folder / "adapter_model.safetensors"
     if not path.exists():
-        raise MassError(f"{folder}: no adapter_model.safetensors (pickled adapter_model.bin files are not read)")
+        raise MassError(
+            f"{folder}: no adapter_model.safetensors (pickled adapter_model.bin files are not read)"
+        )
     adapter: Adapter = {}
     with safe_open(path, framework="pt", device=str(device)) as file:
         for key in file.keys():  # noqa: SIM118 (safe_open is no dict)

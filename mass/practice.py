@@ -1,0 +1,227 @@
+"""Write practice examples for T problems, weigh them, and fine-tune on them: what training and test time share."""
+
+import hashlib
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mass import inner, scorer
+from mass.batch import Packed, Sequence, pack
+from mass.blocks import Split
+from mass.forward import example_loss, loss_and_grad, token_logprobs
+from mass.generate import Rollout, generate
+from mass.inner import Trajectory
+from mass.lora import Adapter
+from mass.model import LanguageModel
+from mass.optimizers import Rule
+from mass.prompts import Example, Prompts, filter_examples, parse_example
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How text is drawn. `temperature` 0 is greedy; `batch_rows` bounds the rows decoded at once."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    batch_rows: int = 128
+
+
+@dataclass(frozen=True)
+class Practice:
+    """N self-made examples for each of T targets, and their training sequences.
+
+    `packed` holds solve(problem) + solution of the valid ones; malformed ones are absent there and False in `valid_TN`.
+    """
+
+    prompts: list[list[int]]
+    rollouts: list[list[Rollout]]
+    examples: list[list[Example]]
+    packed: Packed
+    valid_TN: Tensor
+
+
+def seed_of(*parts: object) -> int:
+    """A 63-bit seed from anything with a stable text: equal on every rank, machine and Python."""
+    digest = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def write_examples(
+    lm: LanguageModel,
+    prompts: Prompts,
+    targets: Seq[str],
+    *,
+    generate_shots: Seq[Seq[tuple[str, str, str]]],
+    solve_shots: Seq[Seq[tuple[str, str]]],
+    adapter: Adapter | None,
+    seeds: Seq[Seq[int]],
+    sampling: Sampling,
+) -> Practice:
+    """Ask the model for len(seeds[t]) problems like target t, all in one batch, and parse what comes.
+
+    Shots are given a target. `adapter` has one task axis entry (the policy), or is None for the base model. Examples
+    too long for the model's context are malformed ("truncated").
+    """
+    asked = [prompts.generate(text, shots) for text, shots in zip(targets, generate_shots, strict=True)]
+    rows = [(t, seed) for t, own in enumerate(seeds) for seed in own]
+    flat = generate(
+        lm,
+        [asked[t] for t, _ in rows],
+        seeds=[seed for _, seed in rows],
+        max_new_tokens=sampling.max_new_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        adapter=adapter,
+        stop_ids=prompts.stop_ids,
+        stop_strings=prompts.stop_strings,
+        batch_rows=sampling.batch_rows,
+    )
+    rollouts: list[list[Rollout]] = [[] for _ in targets]
+    for (t, _), rollout in zip(rows, flat, strict=True):
+        rollouts[t].append(rollout)
+    examples = [
+        filter_examples([parse_example(r.text, finished=r.finished) for r in own], target)
+        for own, target in zip(rollouts, targets, strict=True)
+    ]
+    packed, valid_TN = pack_examples(lm, prompts, examples, solve_shots)
+    return Practice(asked, rollouts, examples, packed, valid_TN)
+
+
+def pack_examples(
+    lm: LanguageModel, prompts: Prompts, examples: Seq[Seq[Example]], solve_shots: Seq[Seq[tuple[str, str]]]
+) -> tuple[Packed, Tensor]:
+    """The training sequences of T x N examples, and which are valid, [T, N] bool."""
+    sequences = [
+        [solve_sequence(prompts, e.problem, e.solution, shots) if e.valid else None for e in own]
+        for own, shots in zip(examples, solve_shots, strict=True)
+    ]
+    packed = pack(sequences, lm.tokenizer.pad_token_id, lm.device)
+    return packed, packed.count_TN > 0
+
+
+def solve_sequence(
+    prompts: Prompts, problem: str, solution: str, shots: Seq[tuple[str, str]] = ()
+) -> Sequence:
+    """Solve prompt + solution with its end token; only the solution is learned."""
+    asked = prompts.solve(problem, shots)
+    return Sequence([*asked, *prompts.solution(solution)], len(asked))
+
+
+def features(
+    lm: LanguageModel,
+    parts: Split | None,
+    prompts: Prompts,
+    practice: Practice,
+    targets: Seq[str],
+    depths: Seq[float],
+    pool: str,
+) -> tuple[Tensor, Tensor]:
+    """The scorer's inputs: task features [T, F] over the target's prompt, example features [T, N, F].
+
+    `pool`: "solution" averages over an example's solution tokens, "all" over its whole sequence.
+    """
+    asked = [[Sequence(prompts.solve(text), 1)] for text in targets]
+    task_TF = scorer.features(
+        lm.hf, lm.lora, parts, pack(asked, lm.tokenizer.pad_token_id, lm.device), depths
+    )[:, 0]
+    packed = practice.packed
+    if pool == "all":
+        whole = [
+            [
+                Sequence(solve_sequence(prompts, e.problem, e.solution).tokens, 1) if e.valid else None
+                for e in own
+            ]
+            for own in practice.examples
+        ]
+        packed = pack(whole, lm.tokenizer.pad_token_id, lm.device)
+    return task_TF, scorer.features(lm.hf, lm.lora, parts, packed, depths)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """T adapters after K steps, and the weighted inner loss of each task before and after, [T]."""
+
+    trajectory: Trajectory
+    before_T: Tensor
+    after_T: Tensor
+    exploded_T: Tensor
+
+
+def fine_tune(
+    lm: LanguageModel,
+    packed: Packed,
+    weight_TN: Tensor,
+    start: Adapter,
+    *,
+    rule: Rule,
+    lr: Mapping[str, Tensor],
+    steps: int,
+    max_growth: float,
+    parts: Split | None = None,
+) -> Tuned:
+    """K weighted fine-tuning steps of T adapters on their examples. `parts`: recompute activations block by block."""
+    n = weight_TN.shape[1]
+
+    def total(loss_TN: Tensor) -> Tensor:
+        return (weight_TN * loss_TN).sum() / n
+
+    def gradient(adapter: Adapter) -> tuple[Tensor, Adapter]:
+        _, logprob_M, grad = loss_and_grad(
+            lm.hf,
+            lm.lora,
+            packed,
+            adapter,
+            lambda logprob_M: total(example_loss(packed, logprob_M)),
+            parts=parts,
+        )
+        return example_loss(packed, logprob_M), grad
+
+    trajectory = inner.adapt(gradient, start, rule, lr, steps)
+    with torch.no_grad():
+        last_TN = example_loss(packed, token_logprobs(lm.hf, lm.lora, packed, trajectory.adapter))
+    before_T = (weight_TN * trajectory.steps[0].loss_TN).sum(1) / n
+    after_T = (weight_TN * last_TN).sum(1) / n
+    return Tuned(trajectory, before_T, after_T, inner.exploded(before_T, after_T, max_growth))
+
+
+def answer(
+    lm: LanguageModel,
+    prompts: Prompts,
+    targets: Seq[str],
+    *,
+    shots: Seq[Seq[tuple[str, str]]],
+    adapter: Adapter | None,
+    sampling: Sampling,
+    seeds: Seq[Seq[int]],
+) -> list[list[Rollout]]:
+    """len(seeds[t]) solutions of each target t. An `adapter` of T tasks gives each target its own; of one, the same."""
+    rows = [(t, seed) for t, own in enumerate(seeds) for seed in own]
+    asked = [prompts.solve(text, own) for text, own in zip(targets, shots, strict=True)]
+    many = adapter is not None and next(iter(adapter.values())).shape[0] > 1
+    flat = generate(
+        lm,
+        [asked[t] for t, _ in rows],
+        seeds=[seed for _, seed in rows],
+        max_new_tokens=sampling.max_new_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        adapter=adapter,
+        adapter_index=[t for t, _ in rows] if many else None,
+        stop_ids=prompts.stop_ids,
+        stop_strings=prompts.stop_strings,
+        batch_rows=sampling.batch_rows,
+    )
+    out: list[list[Rollout]] = [[] for _ in targets]
+    for (t, _), rollout in zip(rows, flat, strict=True):
+        out[t].append(rollout)
+    return out

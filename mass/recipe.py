@@ -1,0 +1,343 @@
+"""From a YAML file and `key=value` overrides to a checked Recipe, before anything costly starts; no torch here.
+
+Unknown keys, wrong types and settings that contradict each other are collected and raised as one MassError.
+`python -m mass.recipe > docs/recipes.md` makes the page of all keys.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import operator
+import os
+import shutil
+import sys
+import textwrap
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mass.errors import MassError
+from mass.schema import GROUPS, KEYS, Key, Recipe, keys_of, said
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a YAML file with `key=value` overrides. Raises one MassError that lists all that is wrong."""
+    config = _unlocked(OmegaConf.structured(Recipe))
+    trees = [_read(path)]
+    # by the key at fault: a good override takes back what was said of the file's value
+    errors: dict[str, str] = {}
+    for override in overrides:
+        try:
+            trees.append(_parse(override))
+        except MassError as fault:
+            errors[override] = str(fault)
+    for tree in trees:
+        for name, value in _leaves(tree):
+            errors.pop(name, None)
+            if complaint := _assign(config, name, value):
+                errors[name] = complaint
+    try:
+        recipe = typing.cast(Recipe, OmegaConf.to_object(config))
+    except OmegaConfBaseException as fault:  # an interpolation ${...} that leads nowhere
+        errors[str(fault.full_key)] = f"{fault.full_key}: {str(fault.msg).partition(chr(10))[0]}."
+    else:
+        for key in KEYS.values():
+            if key.name not in errors and (complaint := key.complaint(operator.attrgetter(key.name)(recipe))):
+                errors[key.name] = complaint
+        # nothing follows from the default that stands in for a faulty value
+        clashes = [text for names, text in _contradictions(recipe) if not errors.keys() & set(names.split())]
+        errors |= {text: text for text in clashes}
+    if errors:
+        count = f"{len(errors)} error{'s' if len(errors) > 1 else ''}"
+        raise MassError("\n  ".join([f"{path}: {count}", *errors.values()]))
+    return recipe
+
+
+def dump(recipe: Recipe) -> str:
+    """YAML of every key; `load` makes the same recipe of it."""
+    return OmegaConf.to_yaml(OmegaConf.structured(recipe))
+
+
+def _unlocked(config: Any) -> Any:
+    """Frozen dataclasses make read-only configs: lift that while one is filled in."""
+    OmegaConf.set_readonly(config, False)
+    for name in config:
+        if OmegaConf.is_dict(config[name]):
+            _unlocked(config[name])
+    return config
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    try:
+        tree = OmegaConf.to_container(OmegaConf.load(path))
+    except FileNotFoundError:
+        hint = " The recipe comes first, then key=value." if "=" in str(path) else ""
+        raise MassError(f"{path}: no such recipe file.{hint}") from None
+    except yaml.MarkedYAMLError as fault:
+        line = f"line {fault.problem_mark.line + 1}: " if fault.problem_mark else ""
+        raise MassError(f"{path}: cannot be read as YAML: {line}{fault.problem}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException, OSError) as fault:
+        raise MassError(f"{path}: cannot be read as YAML: {' '.join(str(fault).split())}") from None
+    if not tree:
+        raise MassError(f"{path}: empty. A recipe needs model.path and problems.train at least.")
+    # OmegaConf reads bare text as {text: null}
+    if not isinstance(tree, dict) or (list(tree.values()) == [None] and not tree.keys() & GROUPS):
+        raise MassError(
+            f"{path}: not a recipe. It has to be YAML: 'group:', and 'key: value' indented below it."
+        )
+    return typing.cast(dict[str, Any], tree)
+
+
+def _parse(override: str) -> dict[str, Any]:
+    name, equals, _ = override.partition("=")
+    if override.startswith("-"):
+        raise MassError(
+            f"{override}: unknown option. A recipe key is set without dashes, e.g. inner.steps=2."
+        )
+    if not name or not equals:
+        raise MassError(f"{override!r}: not an override. Write key=value, e.g. inner.steps=2.")
+    try:
+        return typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.from_dotlist([override])))
+    except (yaml.YAMLError, OmegaConfBaseException):
+        raise MassError(
+            f"{override}: the value is not YAML. Text is put in quotes: {name}='\"...\"'."
+        ) from None
+
+
+def _leaves(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for part, value in tree.items():
+        name = f"{prefix}{part}"
+        if isinstance(value, Mapping) and name not in KEYS and (value or name in GROUPS):
+            yield from _leaves(value, name + ".")
+        elif value is not None or name not in GROUPS:  # a group with all its keys commented out is fine
+            yield name, value
+
+
+def _assign(config: Any, name: str, value: Any) -> str | None:
+    """Put a value into the structured config, or say why it does not fit."""
+    if name in GROUPS:
+        return f"{said(name, value)}: {name} is a group of keys. Set one of them, e.g. {keys_of(name)[0]}."
+    if name not in KEYS:
+        return f"{name}: unknown key. {_nearest(name)}"
+    key = KEYS[name]
+    if value == "???":
+        return f"{name}: still to be filled in. It wants {key.wants}."
+    if value is False and key.default == "no":  # YAML 1.1 reads a bare no as false
+        value = "no"
+    if isinstance(value, str | int | float) and any(typing.get_origin(x) is list for x in key.options):
+        value = [value]
+    # OmegaConf would make 'True' of true, and take a list for an item of a list
+    items = value if isinstance(value, list) else [value]
+    nested = isinstance(value, list) and any(isinstance(x, list | dict) for x in items)
+    fits = not nested and (bool in key.options or not any(isinstance(x, bool) for x in items))
+    try:
+        if fits:
+            OmegaConf.update(config, name, value, merge=True)
+    except OmegaConfBaseException:
+        fits = False
+    quotes = " Text with ': ' in it needs quotes." if str in key.options and isinstance(value, dict) else ""
+    return None if fits else f"{said(name, value)}: wants {key.wants}.{quotes}"
+
+
+def _nearest(name: str) -> str:
+    same = [known for known in KEYS if known.rpartition(".")[2] == name.rpartition(".")[2]]
+    near = (
+        difflib.get_close_matches(name, KEYS, n=1, cutoff=0.8)
+        or same
+        or difflib.get_close_matches(name, KEYS, n=1)
+    )
+    group = name.partition(".")[0]
+    if near:
+        return f"Did you mean {' or '.join(near)}?"
+    if group in GROUPS:
+        return f"{group} has {', '.join(known.partition('.')[2] for known in keys_of(group))}."
+    return f"The groups are {', '.join(field.name for field in dataclasses.fields(Recipe))}."
+
+
+def _contradictions(r: Recipe) -> Iterator[tuple[str, str]]:
+    """(the keys that play a part, one sentence with the reason and the way out) for settings that do not go together."""
+    pool, shots, train, truncate = (
+        r.prompt.pool,
+        r.prompt.generate_shots,
+        r.problems.train,
+        r.meta_gradient.truncate,
+    )
+    if r.run.name in (".", "..") or any(x in r.run.name for x in "/\\\0"):
+        yield (
+            "run.name",
+            f"{said('run.name', r.run.name)}: a name, not a path. Put the folder into run.folder.",
+        )
+
+    used = {x.removeprefix("gym:") for x in [*train, *(r.problems.heldout or [])] if x.startswith("gym:")}
+    for family in r.problems.gym.keys() - used:
+        text = (
+            f"problems.gym.{family}: settings of a family that is not used. Remove them, or add gym:{family}"
+        )
+        yield "problems.gym problems.train problems.heldout", f"{text} to problems.train."
+    if r.problems.weights is not None and len(r.problems.weights) != len(train):
+        text = f"problems.weights has {len(r.problems.weights)} numbers for the {len(train)} sources of problems.train"
+        yield "problems.weights problems.train", f"{text}. Give one for each, or null."
+    if train and all(x.startswith("gym:") for x in train) and pool >= r.problems.size:
+        text = f"prompt.pool={pool} sets aside all of problems.size={r.problems.size} training problems"
+        yield "prompt.pool problems.size problems.train", f"{text}. Raise problems.size or lower prompt.pool."
+    if pool < 2 * shots:
+        text = (
+            f"prompt.generate_shots={shots} shows two problems each, more than prompt.pool={pool} sets aside"
+        )
+        yield "prompt.pool prompt.generate_shots", f"{text}. Use prompt.pool={2 * shots} or more."
+    if pool < r.prompt.solve_shots:
+        text = (
+            f"prompt.solve_shots={r.prompt.solve_shots} are more problems than prompt.pool={pool} sets aside"
+        )
+        yield "prompt.pool prompt.solve_shots", f"{text}. Use prompt.pool={r.prompt.solve_shots} or more."
+    if r.evaluate.every and r.problems.heldout is None and r.evaluate.problems > r.problems.heldout_size:
+        yield (
+            "evaluate.every evaluate.problems problems.heldout problems.heldout_size",
+            f"evaluate.problems={r.evaluate.problems} are more than problems.heldout_size={r.problems.heldout_size} "
+            "sets aside. Raise problems.heldout_size or lower evaluate.problems.",
+        )
+
+    if r.generate.examples < 2 and r.outer.lr_scorer > 0:
+        yield (
+            "generate.examples outer.lr_scorer",
+            "generate.examples=1 with a trained scorer: the softmax over one example is always 1, so the scorer "
+            "would get no gradient. Use generate.examples=2 or more, or outer.lr_scorer=0.",
+        )
+    if r.inner.optimizer == "adam" and r.inner.steps == 1 and r.inner.eps_root == 0:
+        yield (
+            "inner.optimizer inner.steps inner.eps_root",
+            "inner.optimizer=adam with inner.steps=1 and inner.eps_root=0: the first update of a cold Adam is "
+            "g/(|g|+eps), whose derivative by the examples' weights is about 1e-8 of SGD's, so the scorer would learn "
+            "nothing. Use inner.eps_root=1e-4, inner.steps=2 or more, or inner.optimizer=sgd.",
+        )
+    if r.inner.optimizer == "adam" and r.inner.momentum > 0:
+        text = f"inner.momentum={r.inner.momentum:g} belongs to sgd, and inner.optimizer=adam"
+        yield "inner.optimizer inner.momentum", f"{text}. Use inner.beta1, or inner.optimizer=sgd."
+    if r.inner.optimizer == "sgd" and r.inner.eps_root > 0:
+        text = f"inner.eps_root={r.inner.eps_root:g} belongs to adam, and inner.optimizer=sgd"
+        yield "inner.optimizer inner.eps_root", f"{text}. Remove it, or use inner.optimizer=adam."
+    if r.inner.learned_lr != "no" and r.outer.lr_inner == 0:
+        text = f"inner.learned_lr={r.inner.learned_lr} with outer.lr_inner=0 never learns"
+        yield "inner.learned_lr outer.lr_inner", f"{text}. Use outer.lr_inner=1e-2, or inner.learned_lr=no."
+    if r.inner.learned_lr != "no" and r.inner.lr == 0:
+        text = (
+            f"inner.learned_lr={r.inner.learned_lr} learns the logarithm of a rate that starts at inner.lr=0"
+        )
+        yield "inner.learned_lr inner.lr", f"{text}. Use inner.lr=0.3, or inner.learned_lr=no."
+    if truncate is not None and truncate > r.inner.steps:
+        text = f"meta_gradient.truncate={truncate} is more than inner.steps={r.inner.steps}"
+        yield "meta_gradient.truncate inner.steps", f"{text}. Use null to differentiate all steps."
+    if truncate is not None and truncate < r.inner.steps and r.outer.through_init:
+        yield (
+            "meta_gradient.truncate inner.steps outer.through_init",
+            f"outer.through_init=true needs all inner steps, and meta_gradient.truncate={truncate} cuts the first "
+            "ones off. Use meta_gradient.truncate=null, or outer.through_init=false.",
+        )
+    if r.outer.loss == "verifier" and r.outer.rollouts < 2:
+        yield (
+            "outer.loss outer.rollouts",
+            "outer.loss=verifier with outer.rollouts=1: an answer's advantage is its reward against the others of its "
+            "task, so it would always be 0. Use outer.rollouts=2 or more, or outer.loss=gold.",
+        )
+    if r.outer.lr_policy == r.outer.lr_scorer == 0 and r.inner.learned_lr == "no":
+        text = "outer.lr_policy=0 and outer.lr_scorer=0: nothing would be learned. Raise one of them."
+        yield "outer.lr_policy outer.lr_scorer inner.learned_lr", text
+
+
+def command_line(argv: Sequence[str] | None, prog: str, description: str) -> Recipe:
+    """The recipe that a command line names. Prints and exits: --help and --cfg with 0, errors with 2."""
+    parser = argparse.ArgumentParser(
+        prog,
+        description=description,
+        epilog=_key_help(shutil.get_terminal_size().columns - 2),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, e.g. recipes/demo.yaml")
+    parser.add_argument(
+        "overrides", metavar="KEY=VALUE", nargs="*", help="takes the place of the file's value"
+    )
+    parser.add_argument("--cfg", action="store_true", help="print the resolved recipe and stop")
+    # the deepspeed launcher adds it; the environment says the same
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    known, unknown = parser.parse_known_intermixed_args(argv)
+    # one rank of many says it
+    speaks = os.environ.get("RANK", "0") == "0"
+    try:
+        recipe = load(known.recipe, [*known.overrides, *unknown])
+    except MassError as fault:
+        if speaks:
+            print(fault, file=sys.stderr)
+        sys.exit(2)
+    if known.cfg:
+        if speaks:
+            print(dump(recipe), end="")
+        sys.exit(0)
+    return recipe
+
+
+def _sections() -> Iterator[tuple[str, str, list[Key]]]:
+    for field in dataclasses.fields(Recipe):
+        yield field.name, field.metadata["meaning"], [KEYS[name] for name in keys_of(field.name)]
+
+
+def _default(key: Key) -> str:
+    if key.default in ("", []):
+        return "required"
+    return key.default if isinstance(key.default, str) else json.dumps(key.default)
+
+
+def _type(key: Key) -> str:
+    return key.wants.removeprefix("an ").removeprefix("a ")
+
+
+def _key_help(width: int) -> str:
+    lines = ["recipe keys: key = default (type), meaning"]
+    for group, meaning, keys in _sections():
+        lines += ["", f"{group}: {meaning}"]
+        for key in keys:
+            head = f"{key.name} = {_default(key)}  ({_type(key)})"
+            lines += textwrap.wrap(head, width, initial_indent="  ", subsequent_indent="    ")
+            lines += textwrap.wrap(key.meaning, width, initial_indent="      ", subsequent_indent="      ")
+    return "\n".join(lines)
+
+
+_PAGE = """\
+# Recipes
+
+<!-- Made from mass/schema.py by `python -m mass.recipe > docs/recipes.md`; edit it there. -->
+
+A recipe is a YAML file with the keys below, by group; what it does not name keeps its default. The folder `recipes/`
+holds some; the head of each says how it is launched, what hardware it needs, how long it takes and what to change first.
+
+```bash
+deepspeed launch/meta_train.py recipes/demo.yaml inner.steps=3 'problems.train=[gym:chain_sum, mine.jsonl]'
+```
+
+What follows the recipe takes the place of the file's values. A value is YAML: text with `: ` or ` #` in it needs
+quotes of its own, and where a list is wanted a single value will do. `--cfg` prints the resolved recipe and stops,
+`--help` prints the tables below. Unknown keys, wrong types and settings that contradict each other are reported in one
+message, with exit code 2, before a model is loaded.
+"""
+
+
+def markdown() -> str:
+    """The text of docs/recipes.md."""
+    lines = [_PAGE]
+    for group, meaning, keys in _sections():
+        lines += [f"## {group}", "", f"{meaning[0].upper()}{meaning[1:]}.", ""]
+        lines += ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
+        lines += [f"| `{key.name}` | {_type(key)} | `{_default(key)}` | {key.meaning} |" for key in keys] + [
+            ""
+        ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")

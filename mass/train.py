@@ -1,0 +1,406 @@
+"""Meta-training: one loop, read from top to bottom in `train`.
+
+Each outer step: T tasks a rank -> `episode.run` makes the gradients of the outer parameters -> one DeepSpeed step.
+"""
+
+import json
+import math
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mass import blocks, checkpoint, distributed, episode, lora, scorer
+from mass.checkpoint import Contents, Run
+from mass.distributed import Outer, World
+from mass.episode import Result, Setting
+from mass.errors import MassError
+from mass.forward import check_head
+from mass.log import RunLog, SampleRow, SampleTable, write_atomic
+from mass.methods import solve
+from mass.model import LanguageModel, load
+from mass.optimizers import Rule
+from mass.problems import Cursor, Task, draw_pool, load_tasks, split_tasks
+from mass.prompts import make_prompts
+from mass.recipe import Recipe, command_line, dump
+from mass.rewards import Verifier, find_answer, require
+
+# Metrics that add up over ranks; the others are means over ranks, as they are means over tasks.
+SUMS = ("tokens/", "verifier/failures")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """`mass-train RECIPE [KEY=VALUE ...]`, and what `deepspeed launch/meta_train.py` runs. Exits 0, or 2 on user errors."""
+    recipe = command_line(argv, "mass-train", __doc__ or "")
+    try:
+        train(recipe)
+    except MassError as error:
+        if os.environ.get("RANK", "0") == "0" or not dist.is_initialized():
+            print(f"mass-train: {error}", file=sys.stderr, flush=True)
+        # Peers may wait in a collective that this rank will never join: no orderly farewell, the launcher ends them.
+        os._exit(2) if dist.is_initialized() and dist.get_world_size() > 1 else sys.exit(2)
+    finally:
+        distributed.stop()
+
+
+def train(recipe: Recipe) -> None:
+    """Run (or continue) the recipe's meta-training to its last outer step, or to SIGINT / SIGTERM."""
+    torch.set_num_threads(recipe.run.threads)
+    torch.manual_seed(recipe.run.seed)
+    world = distributed.start(recipe.model.device)
+    run = _open(recipe, world)
+    train_tasks, heldout, pool = _tasks(recipe)
+    setting, fingerprint = _setting(recipe, world, pool)
+    policy_shape = setting.lm.shape
+    assert policy_shape is not None
+    cursor = Cursor(train_tasks, recipe.run.seed)
+    outer = _outer(recipe, setting, world)
+    first = 0
+    skipped = 0
+    if run.start is not None:
+        contents = checkpoint.load(run.start, setting.lm.lora, fingerprint)
+        cursor = Cursor.from_state(contents.meta["cursor"], train_tasks)
+        first, skipped = contents.meta["step"], contents.meta["skipped"]
+        _restore(outer, contents, world)
+    log = RunLog(
+        run.folder,
+        rank=world.rank,
+        total_steps=recipe.outer.steps,
+        tensorboard=recipe.log.tensorboard,
+        start_step=first,
+    )
+    _introduce(log, recipe, run, setting, world, len(train_tasks), len(heldout), first)
+    stop = _Stop()
+    in_a_row = 0
+    saved = first
+
+    # One iteration more than there are steps: the last evaluation and the last save run the same lines as the others.
+    for step in range(first, recipe.outer.steps + 1):
+        begin = time.perf_counter()
+        done = step == recipe.outer.steps
+        leaving = distributed.any_rank(stop.asked)
+        policy, eta, log_lr = outer.values("policy"), outer.values("scorer"), outer.values("inner_lr")
+        metrics: dict[str, float] = {}
+
+        if heldout and recipe.evaluate.every and (done or step % recipe.evaluate.every == 0) and not leaving:
+            metrics |= _evaluate(setting, heldout[: recipe.evaluate.problems], world, policy, eta, log_lr)
+            log.say(f"held-out at step {step}: {_percent(metrics['heldout/none'])} without update, "
+                    f"{_percent(metrics['heldout/mass'])} with")  # fmt: skip
+
+        if step > saved and (done or leaving or step % recipe.save.every == 0):
+            before = time.perf_counter()
+            _save(run, recipe, setting, outer, cursor, step, skipped, fingerprint, world)
+            metrics["time/save"] = time.perf_counter() - before
+            saved = step
+
+        if done or leaving:
+            if done and metrics:
+                log.scalars(step, metrics)
+            break
+
+        tasks = cursor.next(recipe.outer.tasks, world.rank, world.size)
+        show = recipe.log.samples_every and step % recipe.log.samples_every == 0
+        result = episode.run(setting, tasks, step, policy, eta, log_lr, show=1 if show else 0)
+        rates = {group: outer.learning_rate(group) for group in ("policy", "scorer")}
+        applied = outer.step(result.gradients)
+        in_a_row = 0 if applied else in_a_row + 1
+        skipped += not applied
+
+        metrics |= _reduce(result.metrics)
+        metrics |= {f"time/{part}": seconds for part, seconds in result.seconds.items()}
+        metrics |= {
+            "time/step": time.perf_counter() - begin,
+            "meta/skipped_steps": skipped,
+            "inner/lr": _rate(recipe, log_lr),
+        }
+        metrics |= {f"outer/lr_{group}": lr for group, lr in rates.items()} | {"memory/peak_gb": peak_gb()}
+        log.scalars(step, metrics)
+        log.line(step, metrics)
+        if show:
+            log.samples(step, [_table(tasks[0], result)])
+        if in_a_row >= recipe.outer.max_skipped:
+            good = checkpoint.newest_good(run.folder)
+            raise MassError(
+                f"{in_a_row} outer steps in a row had a gradient that is not finite (outer.max_skipped). "
+                f"The last good checkpoint is {good or 'none: nothing was saved'}. Lower inner.lr or outer.lr_policy."
+            )
+
+    log.close()
+    if stop.asked:
+        log.say(f"stopped at step {saved} on request; run.resume=auto continues")
+    else:
+        log.say(f"done: {run.folder}. Next: mass-adapt --run {run.folder} --problem '...'")
+
+
+def _open(recipe: Recipe, world: World) -> Run:
+    """Open the run folder on rank 0 and tell the others; an error there is every rank's error."""
+    found: list[Any] = [None]
+    if world.main:
+        try:
+            found = [
+                checkpoint.open_run(Path(recipe.run.folder), recipe.run.name, dump(recipe), recipe.run.resume)
+            ]
+        except MassError as error:
+            found = [error]
+    if world.size > 1:
+        dist.broadcast_object_list(found)
+    if isinstance(found[0], MassError):
+        raise found[0]
+    return found[0]
+
+
+def _tasks(recipe: Recipe) -> tuple[list[Task], list[Task], list[Task]]:
+    """Training tasks, held-out tasks, and the few-shot pool; no problem text is in two of them."""
+    p, seed = recipe.problems, recipe.run.seed
+    common: dict[str, Any] = {"gym": p.gym, "columns": vars(p.columns), "verifier": p.verifier, "seed": seed}
+    found = load_tasks(p.train, split=p.split, size=p.size, weights=p.weights, **common)
+    held = None
+    if p.heldout is not None:
+        held = load_tasks(p.heldout, split=p.heldout_split, size=p.heldout_size, **common)
+    split = split_tasks(found, held, p.heldout_size, seed)
+    pool, rest = draw_pool(split.train, recipe.prompt.pool, seed)
+    require({task.verifier for task in rest + split.heldout})
+    return rest, split.heldout, pool
+
+
+def _setting(recipe: Recipe, world: World, pool: list[Task]) -> tuple[Setting, str]:
+    """Load the model and put together what stays the same over all steps; and the base model's fingerprint."""
+    m, i = recipe.model, recipe.inner
+    hf, tokenizer = load(m.path, dtype=m.dtype, device=world.device, cache=m.cache, attention=m.attention)
+    fingerprint = checkpoint.fingerprint(hf.named_parameters())
+    check_head(hf)
+    shape = lora.LoraShape(recipe.lora.rank, recipe.lora.alpha, tuple(recipe.lora.targets))
+    lm = LanguageModel(hf, tokenizer, lora.attach(hf, shape), shape, m.path)
+    parts, engine = _engine(recipe, lm)
+    head = scorer.Scorer(
+        hf.config.get_text_config().hidden_size, len(recipe.scorer.layers), recipe.scorer.hidden
+    )
+    prompts = make_prompts(
+        tokenizer, recipe.prompt.style, recipe.prompt.solve_instruction, recipe.prompt.generate_instruction
+    )
+    rule = Rule(i.optimizer, i.momentum, i.beta1, i.beta2, i.eps, i.eps_root, i.clip)
+    return Setting(
+        recipe, lm, parts, engine, True, prompts, pool, Verifier(), rule, head.to(world.device)
+    ), fingerprint
+
+
+def _engine(recipe: Recipe, lm: LanguageModel) -> tuple[blocks.Split | None, str]:
+    mode = recipe.meta_gradient.mode
+    try:
+        parts = blocks.split(lm.hf, lm.lora)
+    except MassError:
+        if mode == "blockwise" or recipe.inner.checkpoint:
+            raise
+        return None, "reverse" if mode == "auto" else mode
+    return parts, "blockwise" if mode == "auto" else mode
+
+
+def _outer(recipe: Recipe, setting: Setting, world: World) -> Outer:
+    """The DeepSpeed engine over a fresh policy adapter, the scorer head and the learned inner rates."""
+    generator = torch.Generator().manual_seed(recipe.run.seed)
+    policy = lora.fresh(setting.lm.lora, recipe.lora.rank, generator)
+    names = {episode.rate_name(setting, key) for key in policy} if recipe.inner.learned_lr != "no" else set()
+    groups = {
+        "policy": policy,
+        "scorer": dict(setting.head.named_parameters()),
+        "inner_lr": {name: torch.tensor([math.log(recipe.inner.lr)]) for name in sorted(names)},
+    }
+    o = recipe.outer
+    lr = {"policy": o.lr_policy, "scorer": o.lr_scorer, "inner_lr": o.lr_inner}
+    return Outer(groups, lr, stage=recipe.zero.stage, clip=o.clip_grad, warmup=o.warmup, device=world.device)
+
+
+def _save(
+    run: Run,
+    recipe: Recipe,
+    setting: Setting,
+    outer: Outer,
+    cursor: Cursor,
+    step: int,
+    skipped: int,
+    fingerprint: str,
+    world: World,
+) -> None:
+    """Collect the state of all ranks; rank 0 writes it, and what it could not write is every rank's error."""
+    state = outer.state()
+    log_lr = outer.values("inner_lr")
+    state |= {f"value:inner_lr/{name}": x for name, x in log_lr.items()}
+    policy, eta = outer.values("policy"), outer.values("scorer")
+    rng = distributed.gather_bytes(torch.get_rng_state())
+    failure: list[Any] = [None]
+    if world.main:
+        assert setting.lm.shape is not None
+        contents = Contents(
+            policy=policy,
+            shape=setting.lm.shape,
+            base_name=setting.lm.name,
+            scorer={key: x.cpu() for key, x in eta.items()},
+            optimizer={key: x.cpu() for key, x in state.items()},
+            rng=rng,
+            meta={
+                "step": step,
+                "cursor": cursor.state(),
+                "skipped": skipped,
+                "world": world.size,
+                "fingerprint": fingerprint,
+                "extra": {"inner_lr": {name: x.exp().item() for name, x in log_lr.items()}},
+            },
+        )
+        try:
+            shots = run.folder / "shots.jsonl"
+            if not shots.exists():
+                write_atomic(shots, "".join(map(_shot, setting.pool)))
+            checkpoint.save(run, step, contents, recipe.save.keep)
+        except (MassError, OSError) as error:
+            failure = [
+                error if isinstance(error, MassError) else MassError(f"saving to {run.folder}: {error}")
+            ]
+    if world.size > 1:
+        dist.broadcast_object_list(failure)
+    if failure[0] is not None:
+        raise failure[0]
+
+
+def _shot(task: Task) -> str:
+    row = {
+        "id": task.problem.id,
+        "problem": task.problem.text,
+        "solution": task.solution,
+        "answer": task.answer,
+    }
+    return json.dumps(row | {"source": task.source}, ensure_ascii=False) + "\n"
+
+
+def _restore(outer: Outer, contents: Contents, world: World) -> None:
+    prefix = "value:inner_lr/"
+    log_lr = {key.removeprefix(prefix): x for key, x in contents.optimizer.items() if key.startswith(prefix)}
+    groups = {"policy": contents.policy, "scorer": contents.scorer, "inner_lr": log_lr}
+    outer.load(groups, contents.optimizer)
+    if world.size == len(contents.rng):
+        torch.set_rng_state(contents.rng[world.rank].cpu())
+
+
+def _evaluate(
+    setting: Setting,
+    tasks: list[Task],
+    world: World,
+    policy: dict[str, Tensor],
+    eta: dict[str, Tensor],
+    log_lr: Mapping[str, Tensor],
+) -> dict[str, float]:
+    """Share of held-out tasks answered rightly without update and by `mass`; ranks take every W-th task."""
+    begin = time.perf_counter()
+    own = tasks[world.rank :: world.size]
+    kit = episode.kit(setting, policy, eta, log_lr)
+    right = {"none": 0.0, "mass": 0.0}
+    batch = setting.recipe.outer.tasks
+    for method in right:
+        for i in range(0, len(own), batch):
+            some = own[i : i + batch]
+            records = solve(kit, [task.problem for task in some], method, baselines=False)
+            pairs = [(record.solution, task) for record, task in zip(records, some, strict=True)]
+            verdicts = setting.verifier.verify_all(pairs)
+            right[method] += sum(v.score for v in verdicts if math.isfinite(v.score))
+    none, mass = (x / len(tasks) for x in distributed.reduce_sum([right["none"], right["mass"]]))
+    return {
+        "heldout/none": none,
+        "heldout/mass": mass,
+        "heldout/gain": mass - none,
+        "time/evaluate": time.perf_counter() - begin,
+    }
+
+
+def _reduce(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Over ranks: sums of counts, means (of those ranks that have a value) of the rest."""
+    keys = sorted(metrics)
+    finite = [math.isfinite(metrics[key]) for key in keys]
+    flat = [metrics[key] if ok else 0.0 for key, ok in zip(keys, finite, strict=True)]
+    total = distributed.reduce_sum([*flat, *map(float, finite)])
+    out = {}
+    for i, key in enumerate(keys):
+        known = total[len(keys) + i]
+        out[key] = total[i] if key.startswith(SUMS) else total[i] / known if known else math.nan
+    return out
+
+
+def _table(task: Task, result: Result) -> SampleTable:
+    rows = [
+        SampleRow(e.problem, e.solution, e.valid, e.reason, weight, credit)
+        for e, weight, credit in zip(
+            result.practice.examples[0],
+            result.weight_TN[0].tolist(),
+            result.credit_TN[0].tolist(),
+            strict=True,
+        )
+    ]
+    before, after = (find_answer(texts[0]) if texts else None for texts in result.answers)
+    return SampleTable(task.problem.text, rows, task.problem.id, task.answer, before, after)
+
+
+def _introduce(
+    log: RunLog,
+    recipe: Recipe,
+    run: Run,
+    setting: Setting,
+    world: World,
+    train: int,
+    heldout: int,
+    first: int,
+) -> None:
+    log.text("recipe", dump(recipe))
+    size = sum(p.numel() for p in setting.lm.hf.parameters())
+    where = f"{world.size} process{'es' if world.size > 1 else ''} on {world.device.type}"
+    log.say(f"{recipe.model.path}: {size / 1e6:.1f} M parameters in {recipe.model.dtype}, {where}")
+    log.say(f"{train} training problems, {heldout} held out, {len(setting.pool)} kept as few-shot examples")
+    log.say(f"meta-gradient: {setting.engine}, K = {recipe.inner.steps}; ZeRO stage {recipe.zero.stage}")
+    if run.start is not None:
+        log.say(f"continuing {run.start} at step {first}")
+    for line in run.changed:
+        log.warn(f"changed since this run began: {line}")
+    for name in run.aside:
+        log.warn(f"set aside: {name}")
+
+
+def peak_gb() -> float:
+    """Most memory held so far, GB: of the device where there is one, else resident memory of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def _rate(recipe: Recipe, log_lr: Mapping[str, Tensor]) -> float:
+    return sum(x.exp().item() for x in log_lr.values()) / len(log_lr) if log_lr else recipe.inner.lr
+
+
+def _percent(x: float) -> str:
+    return f"{100 * x:.0f} %"
+
+
+class _Stop:
+    """SIGINT or SIGTERM asks the loop to finish its step, save and leave; a second SIGINT ends at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, self._ask)
+
+    def _ask(self, number: int, frame: object) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+        if os.environ.get("RANK", "0") == "0":
+            print(
+                "stopping after this step, with a save (Ctrl-C again: at once)", file=sys.stderr, flush=True
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,422 @@
+"""mass.methods and mass.choices: every method on a tiny random model, with hand-made examples where it writes none."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_lm
+
+from mass import choices, methods
+from mass.choices import Kit
+from mass.errors import MassError
+from mass.generate import Rollout
+from mass.lora import fresh, using
+from mass.methods import METHODS, Method, Record, solve
+from mass.model import LanguageModel
+from mass.optimizers import Rule
+from mass.practice import Practice, Sampling, pack_examples
+from mass.problems import Problem, Task
+from mass.prompts import Example, make_prompts
+from mass.rewards import find_answer, vote
+from mass.scorer import Scorer
+
+PROBLEMS = [
+    Problem("a", "What is 4 + 3?"),
+    Problem("b", "Name the colour of snow."),
+    Problem("c", "2, 4, 6, ?"),
+]
+GOOD = {
+    "a": [
+        ("What is 1 + 2?", "1 + 2 = 3\nAnswer: 3"),
+        ("What is 5 + 5?", "Answer: 10"),
+        ("What is 0 + 9?", "Answer: 9"),
+    ],
+    "b": [("Colour of grass?", "It grows.\nAnswer: green"), ("Colour of coal?", "Answer: black"), None],
+    "c": [("1, 2, 3, ?", "Answer: 4"), None, ("5, 10, ?", "Answer: 15")],
+}
+
+
+@pytest.fixture(scope="module")
+def kit() -> Kit:
+    lm = tiny_lm("llama")
+    generator = torch.Generator().manual_seed(1)
+    policy = fresh(lm.lora, 2, generator, torch.float64)
+    # a policy that is not the base model
+    policy = {
+        key: x + 0.05 * torch.randn(x.shape, generator=generator, dtype=x.dtype) for key, x in policy.items()
+    }
+    return Kit(
+        lm,
+        make_prompts(lm.tokenizer, "plain"),
+        Rule("sgd", clip=1.0),
+        {key: torch.tensor(0.7, dtype=torch.float64) for key in policy},
+        Sampling(10, 1.0),
+        Sampling(8, 1.0),
+        examples=3,
+        steps=2,
+        max_growth=10.0,
+        policy=policy,
+        head=Scorer(lm.hf.config.hidden_size, 2, 8),
+        pool=[
+            Task(Problem(f"t{i}", f"What is {i} + 1?"), str(i + 1), f"Answer: {i + 1}", "sums", "exact")
+            for i in range(6)
+        ],
+    )
+
+
+@pytest.fixture
+def handmade(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GOOD as what the model writes, three tokens each."""
+
+    def write(
+        lm: LanguageModel, prompts: Any, targets: Sequence[str], *, solve_shots: Any, **_: Any
+    ) -> Practice:
+        ids = {p.text: p.id for p in PROBLEMS}
+        examples = [
+            [Example("", "", False, "empty") if x is None else Example(*x, True, "") for x in GOOD[ids[text]]]
+            for text in targets
+        ]
+        packed, valid_TN = pack_examples(lm, prompts, examples, solve_shots)
+        return Practice(
+            [], [[Rollout([1, 2, 3], [0.0] * 3, True, "")] * 3] * len(targets), examples, packed, valid_TN
+        )
+
+    monkeypatch.setattr(choices, "write_examples", write)
+
+
+@pytest.fixture
+def answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A random model states no answer: its first character counts as one."""
+    stated = lambda text, **_: text[:1] or None  # noqa: E731
+    monkeypatch.setattr(choices, "find_answer", stated)
+    monkeypatch.setattr(methods, "find_answer", stated)
+
+
+def texts(records: Sequence[Record]) -> list[str]:
+    return [record.solution for record in records]
+
+
+def losses(records: Sequence[Record]) -> list[list[float]]:
+    return [[x for step in record.steps for x in (step.before, step.after)] for record in records]
+
+
+@pytest.mark.usefixtures("handmade")
+@pytest.mark.parametrize("method", ["quest", "in-context"])
+def test_problems_adapted_together_and_alone_are_the_same(kit: Kit, method: str) -> None:
+    together = solve(kit, PROBLEMS, method)
+    for one, problem in zip(together, PROBLEMS, strict=True):
+        (alone,) = solve(kit, [problem], method)
+        assert alone.solution == one.solution and alone.base_solution == one.base_solution
+        assert (
+            alone.tokens == one.tokens and alone.votes == one.votes and alone.vote_answer == one.vote_answer
+        )
+        assert np.allclose(losses([alone]), losses([one]), rtol=1e-9, atol=0)
+    assert texts(together) != [record.base_solution for record in together]
+
+
+@pytest.mark.usefixtures("handmade")
+def test_fresh_adapters_together_and_alone(kit: Kit) -> None:
+    bare = replace(kit, policy=None)
+    together = solve(bare, PROBLEMS, "quest", baselines=False)
+    alone = [solve(bare, [p], "quest", baselines=False)[0] for p in PROBLEMS]
+    assert texts(alone) == texts(together)
+    assert np.allclose(losses(alone), losses(together), rtol=1e-5, atol=0)
+    base = texts(solve(bare, PROBLEMS, "none", baselines=False))
+    assert base != texts(together)
+    # a fresh adapter is the base model, not the policy
+    assert base != texts(solve(kit, PROBLEMS, "none", baselines=False))
+
+
+@pytest.mark.usefixtures("handmade")
+def test_mass_is_quest_while_all_scores_are_equal_and_not_afterwards(kit: Kit) -> None:
+    quest, mass = (solve(kit, PROBLEMS, name, baselines=False) for name in ("quest", "mass"))
+    assert texts(quest) == texts(mass) and losses(quest) == losses(mass)
+    assert [r.examples for r in quest] == [r.examples for r in mass]
+    assert [e.weight for e in quest[0].examples] == [1, 1, 1]
+    assert [e.weight for e in quest[1].examples] == [1.5, 1.5, 0]
+    assert kit.head is not None
+    generator = torch.Generator().manual_seed(0)
+    eta = {key: torch.randn(x.shape, generator=generator) for key, x in kit.head.named_parameters()}
+    moved = solve(replace(kit, eta=eta), PROBLEMS, "mass", baselines=False)
+    assert losses(moved) != losses(mass)
+    for record in moved:
+        weights = [e.weight for e in record.examples]
+        assert sum(weights) == pytest.approx(3) and len(set(weights)) == 3
+        assert all((weight > 0) == e.valid for weight, e in zip(weights, record.examples, strict=True))
+
+
+@pytest.mark.usefixtures("handmade")
+def test_update_lowers_the_inner_loss_step_by_step(kit: Kit) -> None:
+    (record,) = solve(kit, PROBLEMS[:1], "quest", baselines=False)
+    first, second = record.steps
+    assert first.before > first.after == second.before > second.after
+    sequences = [
+        kit.prompts.solve(problem) + kit.prompts.solution(solution)
+        for problem, solution in GOOD["a"]  # type: ignore[misc]
+    ]
+    assert record.tokens.trained == 2 * sum(map(len, sequences))
+    greedy = solve(kit, PROBLEMS[:1], "none")[0]
+    assert record.base_answer is None and record.votes == 0 and greedy.votes == 1
+    assert record.tokens.generated == 9 + 8
+
+
+@pytest.mark.usefixtures("handmade")
+def test_model_is_left_as_it_was_also_after_exceptions(kit: Kit) -> None:
+    hf, lora = kit.lm.hf, kit.lm.lora
+    assert kit.policy is not None
+
+    def state() -> Any:
+        tensors = {**hf.state_dict(), **{f"policy/{key}": x for key, x in (kit.policy or {}).items()}}
+        flags = [(m.training, getattr(m, "slot", None)) for m in hf.modules()]
+        needs = [(p.requires_grad, p.grad) for p in hf.parameters()]
+        return {key: x.clone() for key, x in tensors.items()}, flags, needs, torch.get_rng_state()
+
+    def same(before: Any) -> None:
+        after = state()
+        assert before[0].keys() == after[0].keys() and before[1:3] == after[1:3]
+        assert all(torch.equal(x, after[0][key]) for key, x in before[0].items())
+        assert torch.equal(before[3], after[3])
+
+    before = state()
+    for method in METHODS:
+        solve(kit, PROBLEMS[:2], method, baselines=method == "mass")
+        same(before)
+    layer, calls = hf.get_decoder().layers[1], 0
+    # while scoring, tuning, answering, voting
+    for last in (1, 4, 9, 20):
+
+        def breaks(*_: Any, last: int = last) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == last:
+                raise RuntimeError("stop here")
+
+        calls, hook = 0, layer.register_forward_pre_hook(breaks)
+        with pytest.raises(RuntimeError, match="stop here"):
+            solve(kit, PROBLEMS[:2], "mass")
+        hook.remove()
+        same(before)
+    # a slot that was in use is in use again
+    with using(lora, {key: x.unsqueeze(0) for key, x in kit.policy.items()}):
+        before = state()
+        solve(kit, PROBLEMS[:1], "quest", baselines=False)
+        same(before)
+
+
+def test_without_a_valid_example_the_answer_is_the_base_answer_and_says_so(kit: Kit) -> None:
+    for method in ("mass", "quest", "in-context"):
+        (record,) = solve(kit, PROBLEMS[:1], method)
+        assert not any(e.valid for e in record.examples) and {e.weight for e in record.examples} == {0}
+        assert record.solution == record.base_solution != ""
+        assert record.steps == () and record.tokens.trained == 0
+        assert record.note.startswith("none of 3 examples is valid (truncated 3")
+
+
+@pytest.mark.usefixtures("handmade")
+def test_problem_without_valid_examples_beside_others(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(GOOD, "b", [None, None, None])  # type: ignore[list-item]
+    records = solve(kit, PROBLEMS, "mass")
+    assert (
+        records[1].solution == records[1].base_solution
+        and records[1].steps == ()
+        and "empty 3" in records[1].note
+    )
+    assert records[0].note == "" and len(records[0].steps) == 2
+    assert [records[1].tokens.trained, records[0].tokens.trained > 0] == [0, True]
+
+
+@pytest.mark.usefixtures("handmade")
+def test_update_that_explodes_is_dropped(kit: Kit) -> None:
+    wild = replace(kit, rule=Rule("sgd"), lr={key: 1e5 * x for key, x in kit.lr.items()}, max_growth=1.5)
+    (record,) = solve(wild, PROBLEMS[:1], "quest")
+    assert "the update was dropped" in record.note and len(record.steps) == 2
+    assert record.solution == record.base_solution
+
+
+@pytest.mark.usefixtures("answers")
+def test_vote_is_its_own_baseline(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    sample = choices.sample
+    monkeypatch.setattr(methods, "sample", lambda *args: drawn.append(args))
+    kit = replace(kit, examples=9)
+    for method in ("vote", "pick", "first-finish", "rpc"):
+        for record in solve(kit, PROBLEMS, method):
+            assert record.votes == 9 and record.tokens.trained == 0 and record.steps == ()
+            assert record.vote_answer == vote([e.solution[:1] for e in record.examples])
+            if method == "vote":
+                assert record.answer == record.vote_answer and record.solution[:1].strip(".") == record.answer
+    assert not drawn
+    # sampled text is a function of the problem and the sample's number
+    (own,) = sample(kit, PROBLEMS[:1], [[4, 2]])
+    (record,) = solve(kit, PROBLEMS[:1], "vote")
+    assert [r.text for r in own] == [record.examples[4].solution, record.examples[2].solution]
+
+
+@pytest.mark.usefixtures("handmade", "answers")
+def test_vote_spends_what_the_method_spent(kit: Kit) -> None:
+    records = solve(kit, PROBLEMS[:2], "quest")
+    for record, problem in zip(records, PROBLEMS[:2], strict=True):
+        budget = record.tokens.generated + record.tokens.trained
+        (own,) = choices.sample(kit, [problem], [range(record.votes + 1)])
+        spent = np.cumsum([len(r.tokens) for r in own])
+        assert record.votes > 20 and spent[-2] <= budget
+        # nearly all of it: no whole answer of mean length would fit any more
+        assert budget - spent[-2] < max(spent[-1] - spent[-2], spent[-2] / record.votes)
+        assert record.vote_answer == vote([find for r in own[:-1] if (find := r.text[:1])])
+
+
+def test_budget_rounds_keep_to_the_budget(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = [8, 1, 1, 1, 8, 8, 2, 1, 1, 1] * 40
+    counted: list[int] = []
+
+    def sample(kit: Kit, problems: Any, which: Sequence[Sequence[int]]) -> list[list[Rollout]]:
+        counted.extend(j for own in which for j in own)
+        return [[Rollout([0] * lengths[j], [], True, "") for j in own] for own in which]
+
+    monkeypatch.setattr(methods, "sample", sample)
+    for budget in (1, 8, 9, 10, 57, 200, 333):
+        counted.clear()
+        (own,) = methods._votes(kit, PROBLEMS[:1], [budget], [[]])
+        spent = sum(len(r.tokens) for r in own)
+        assert spent <= max(budget, 8) and budget - spent < 8
+        assert counted == list(range(len(counted)))
+
+
+@pytest.mark.usefixtures("answers")
+def test_first_finish_takes_the_shortest_and_pick_the_best_scored(
+    kit: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sample(kit: Kit, problems: Any, which: Sequence[Sequence[int]]) -> list[list[Rollout]]:
+        own = [([1] * 8, False, "xx"), ([1] * 5, True, "yy"), ([1] * 3, True, ""), ([1] * 4, True, "zz")]
+        return [[Rollout(tokens, [-1.0] * len(tokens), *rest) for tokens, *rest in own] for _ in problems]
+
+    monkeypatch.setattr(choices, "sample", sample)
+    kit = replace(kit, examples=4)
+    (record,) = solve(kit, PROBLEMS[:1], "first-finish", baselines=False)
+    assert (record.answer, record.solution) == ("z", "zz") and record.tokens.generated == 20
+    assert [e.reason for e in record.examples] == ["", "", "no_answer", ""]
+    monkeypatch.setattr(choices.scorer, "weights", lambda *_: torch.tensor([[0.5, 2.0, 0.0, 1.5]]))
+    (record,) = solve(kit, PROBLEMS[:1], "pick", baselines=False)
+    assert (record.answer, record.solution) == ("y", "yy")
+
+
+def test_no_own_answer_states_one(kit: Kit) -> None:
+    for method in ("vote", "rpc", "pick", "first-finish"):
+        (record,) = solve(kit, PROBLEMS[:1], method)
+        assert (
+            record.answer is None and record.solution == "" and record.note.startswith("none of 3 examples")
+        )
+
+
+def test_majority_with_equal_weights_is_rewards_vote() -> None:
+    draw = np.random.default_rng(0)
+    for _ in range(200):
+        said = draw.choice(["4", "4.0", "5", "Yes", "yes", "1,000", "1000", ""], size=draw.integers(1, 8))
+        examples = [Example("", f"so\nAnswer: {x}" if x else "hm", bool(x), "") for x in said]
+        weights = [1 / 3 if x else 0.0 for x in said]
+        assert choices._weighted_vote(examples, weights).answer == vote(
+            [find_answer(e.solution) for e in examples]
+        )
+    examples = [Example("", f"Answer: {x}", True, "") for x in ("a", "b", "b", "c")]
+    assert choices._weighted_vote(examples, [1.0, 0.2, 0.3, 0.9]).answer == "a"
+    found = choices._weighted_vote(examples, [1.0, 0.5, 0.6, 0.9])
+    assert found.answer == "b" and found.solution == examples[2].solution
+
+
+def test_rpc_weighs_by_probability_once_per_text(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rollout(text: str, p: float) -> Rollout:
+        return Rollout([1, 2], [float(np.log(p))] * 2, True, text)
+
+    own = [rollout("Answer: 1", 0.9)] + [rollout("Answer: 2", 0.6)] * 3 + [rollout("no", 0.99)]
+    examples = [choices._own("", r) for r in own]
+    monkeypatch.setattr(choices, "improbable", lambda p: np.zeros(len(p), bool))
+    valid_TN = torch.tensor([[e.valid for e in examples]])
+    practice = Practice([], [own], [examples], None, valid_TN)  # type: ignore[arg-type]
+    weight_TN = choices.probable(kit, [], practice)
+    assert weight_TN[0, 0] == pytest.approx(3) and weight_TN.sum() == pytest.approx(5)
+    assert sorted(weight_TN[0].tolist())[:3] == [0, 0, 0]
+
+
+def test_improbable_cuts_the_lower_of_two_groups() -> None:
+    draw = np.random.default_rng(0)
+    low, high = draw.uniform(0.05, 0.15, 20), draw.uniform(0.7, 0.9, 30)
+    cut = choices.improbable(np.concatenate([low, high]))
+    assert cut[:20].mean() > 0.9 and not cut[20:].any()
+    for few in ([0.5], [0.5, 0.5], [0.1, 0.2, 0.9]):
+        assert not choices.improbable(np.array(few))[np.argmax(few)]
+
+
+@pytest.mark.usefixtures("handmade")
+def test_in_context_shows_the_best_examples_as_far_as_they_fit(
+    kit: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    answer = choices.answer
+    monkeypatch.setattr(
+        choices, "answer", lambda *args, **kw: seen.append(kw["shots"]) or answer(*args, **kw)
+    )
+    weights = torch.tensor([[0.5, 1.5, 1.0]])
+    monkeypatch.setattr(choices.scorer, "weights", lambda *_: weights)
+    (record,) = solve(kit, PROBLEMS[:1], "in-context", baselines=False)
+    # best last, next to the problem
+    assert seen == [[[GOOD["a"][2], GOOD["a"][1]]]] and record.steps == ()
+    kit = replace(kit, prompts=replace(kit.prompts, generate_instruction=""))
+    length = len(kit.prompts.solve(PROBLEMS[0].text, [GOOD["a"][1]])) + kit.answering.max_new_tokens  # type: ignore[list-item]
+    monkeypatch.setattr(choices, "context_length", lambda _: length)
+    solve(kit, PROBLEMS[:1], "in-context", baselines=False)
+    assert seen[1] == [[GOOD["a"][1]]]
+
+
+def test_random_draws_training_problems_but_never_the_target(kit: Kit) -> None:
+    target = Problem("x", "What is 2 +  1?")
+    (record,) = solve(replace(kit, examples=5), [target], "random", baselines=False)
+    assert sorted(e.problem for e in record.examples) == [f"What is {i} + 1?" for i in (0, 1, 3, 4, 5)]
+    assert record.tokens.generated == 8 and len(record.steps) == 2
+    a, b = (solve(kit, [p], "random", baselines=False)[0].examples for p in PROBLEMS[:2])
+    assert a != b
+    with pytest.raises(MassError, match=r"generate.examples=6 training problems, and 5 are set aside"):
+        solve(replace(kit, examples=6), [target], "random")
+
+
+def test_too_long_a_problem_fails_alone(kit: Kit) -> None:
+    long = Problem("long", "word " * 3000)
+    records = solve(kit, [PROBLEMS[0], long, PROBLEMS[1]], "none")
+    assert records[1].error is not None and records[1].error.startswith("too long: the prompt has ")
+    assert records[1].answer is None and records[1].solution == ""
+    assert texts(solve(kit, [PROBLEMS[0], PROBLEMS[1]], "none")) == [records[0].solution, records[2].solution]
+    assert [r.id for r in records] == ["a", "long", "b"]
+    assert solve(kit, [long], "mass")[0].error and solve(kit, [], "mass") == []
+
+
+@pytest.mark.usefixtures("handmade")
+def test_closed_gate_answers_without_update(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    gated = replace(METHODS["quest"], gate=lambda kit, problems: [p.id != "b" for p in problems])
+    monkeypatch.setitem(METHODS, "gated", gated)
+    records, quest = (solve(kit, PROBLEMS, name, baselines=False) for name in ("gated", "quest"))
+    greedy = solve(kit, PROBLEMS[1:2], "none", baselines=False)
+    assert [r.id for r in records] == ["a", "b", "c"] and {r.method for r in records} == {"gated"}
+    assert records[1].note == "the gate is closed: answered without update"
+    assert records[1].examples == () and records[1].solution == greedy[0].solution
+    assert [records[0].solution, records[2].solution] == [quest[0].solution, quest[2].solution]
+
+
+def test_methods_that_cannot_be_used_say_why(kit: Kit) -> None:
+    with pytest.raises(MassError, match="'masss': did you mean mass?"):
+        solve(kit, PROBLEMS, "masss")
+    with pytest.raises(
+        MassError,
+        match=r"mass weighs by a trained scorer, .* \(none, vote, rpc, first-finish, random, quest\)",
+    ):
+        solve(replace(kit, head=None), PROBLEMS, "mass")
+    with pytest.raises(MassError, match="random draws training problems, and there are none here"):
+        solve(replace(kit, pool=()), PROBLEMS, "random")
+
+
+def test_every_method_is_a_row_of_five_choices() -> None:
+    for method in METHODS.values():
+        assert isinstance(method, Method)
+        assert (method.weights is None) == (method.examples is None)
+        assert method.update is None or method.weights is not None

@@ -1,0 +1,365 @@
+"""Recipes: every key, every error at once, every recipe on disk."""
+
+import itertools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mass import recipe as module
+from mass.errors import MassError
+from mass.recipe import command_line, dump, load, markdown
+from mass.schema import KEYS
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+NEEDED = "model: {path: 'tiny:llama'}\nproblems: {train: gym:chain_sum}\n"
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text: str) -> Path:
+        path = tmp_path / "some.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def errors(path: Path, *overrides: str) -> list[str]:
+    """The lines of the one error message, without its head."""
+    with pytest.raises(MassError) as caught:
+        load(path, overrides)
+    head, *lines = str(caught.value).splitlines()
+    count = len(lines)
+    assert head == f"{path}: {count} error{'s' if count > 1 else ''}"
+    return [line.removeprefix("  ") for line in lines]
+
+
+# ---- what is right
+
+
+def test_the_recipes_of_the_issue_are_there():
+    assert {"smoke", "demo", "gsm8k", "math"} <= {path.stem for path in RECIPES}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_on_disk_resolves_and_says_how_it_is_run(path):
+    found = load(path)
+    assert found.run.name == path.stem, "two recipes with one name would meet in one run folder"
+    head = list(itertools.takewhile(lambda line: line.startswith("#"), path.read_text().splitlines()))
+    for part in (
+        f"#   deepspeed .*launch/meta_train.py recipes/{path.name}",
+        "# Hardware: ",
+        "# How long: ",
+        "# Change first: ",
+    ):
+        assert any(re.match(part, line) for line in head), part
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_resolved_recipe_reloads_to_itself(path, write):
+    found = load(
+        path, ["run.resume=no", "inner.learned_lr=one", "scorer.layers=[0.25, 1]", "inner.clip=null"]
+    )
+    again = write(dump(found))
+    assert load(again) == found
+    assert dump(load(again)) == dump(found)
+
+
+def test_a_dump_names_every_key(write):
+    text = dump(load(write(NEEDED)))
+    assert [name for name, _ in module._leaves(yaml.safe_load(text))] == list(KEYS)
+
+
+def test_an_override_is_an_edited_file(write):
+    edited = write(
+        NEEDED + "inner: {steps: 3, lr: 1e-2, learned_lr: no}\nlora: {targets: [q_proj]}\nrun: {name: x}\n"
+    )
+    wanted = load(edited)
+    plain = write(NEEDED)
+    overrides = [
+        "inner.steps=3",
+        "inner.lr=1e-2",
+        "inner.learned_lr=no",
+        "lora.targets=[q_proj]",
+        "run.name=x",
+    ]
+    assert load(plain, overrides) == wanted
+    assert (wanted.inner.steps, wanted.inner.lr, wanted.lora.targets) == (3, 0.01, ["q_proj"])
+
+
+def test_a_later_override_wins_and_mends_the_file(write):
+    path = write(NEEDED + "inner: {steps: many}\n")
+    assert load(path, ["inner.steps=3", "inner.steps=4"]).inner.steps == 4
+
+
+def test_a_bare_no_is_not_false(write):
+    found = load(write(NEEDED + "run: {resume: no}\ninner: {learned_lr: no}\n"), ["run.resume=no"])
+    assert (found.run.resume, found.inner.learned_lr) == ("no", "no")
+
+
+def test_one_source_or_many(write):
+    path = write(NEEDED)
+    assert load(path).problems.train == ["gym:chain_sum"]
+    found = load(path, ["problems.train=[a.jsonl, gym:chain_sum]", "problems.heldout=b.jsonl"])
+    assert (found.problems.train, found.problems.heldout) == (["a.jsonl", "gym:chain_sum"], ["b.jsonl"])
+
+
+def test_gym_settings_from_file_and_override_are_merged(write):
+    path = write("model: {path: x}\nproblems: {train: gym:chain_sum, gym: {chain_sum: {min_terms: 2}}}\n")
+    found = load(path, ["problems.gym.chain_sum.max_terms=3"])
+    assert found.problems.gym == {"chain_sum": {"min_terms": 2, "max_terms": 3}}
+    assert type(found.problems.gym["chain_sum"]) is dict
+
+
+def test_a_group_with_all_its_keys_commented_out(write):
+    assert load(write(NEEDED + "inner:\n# steps: 3\n")).inner.steps == 2
+
+
+def test_an_interpolation_is_resolved(write, monkeypatch):
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    path = write(NEEDED + "run: {folder: '${oc.env:SCRATCH}/runs'}\n")
+    assert load(path).run.folder == "/scratch/me/runs"
+    monkeypatch.delenv("SCRATCH")
+    assert "SCRATCH" in errors(path)[0]
+
+
+def test_defaults_of_a_recipe_are_its_own(write):
+    path = write(NEEDED)
+    load(path).lora.targets.append("spoilt")
+    assert load(path).lora.targets == ["all-linear"]
+
+
+# ---- what is wrong
+
+
+def test_all_errors_come_in_one_message(write):
+    path = write(NEEDED + "inner: {stps: 3}\nouter: {tasks: four, loss: golden, rollouts: 0}\nlora: 3\n")
+    found = errors(path, "generate.top_p=1.5", "meta_gradient.truncate=9", "nonsense", "--inner.lr=1", "a=[1")
+    assert sorted(found) == sorted(
+        [
+            "inner.stps: unknown key. Did you mean inner.steps?",
+            "outer.tasks='four': wants an int, at least 1.",
+            "outer.loss='golden': wants one of gold, verifier.",
+            "outer.rollouts=0: wants an int, at least 1.",
+            "lora=3: lora is a group of keys. Set one of them, e.g. lora.rank.",
+            "generate.top_p=1.5: wants a number, more than 0 and at most 1.",
+            "meta_gradient.truncate=9 is more than inner.steps=2. Use null to differentiate all steps.",
+            "'nonsense': not an override. Write key=value, e.g. inner.steps=2.",
+            "--inner.lr=1: unknown option. A recipe key is set without dashes, e.g. inner.steps=2.",
+            "a=[1: the value is not YAML. Text is put in quotes: a='\"...\"'.",
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    "override, end",
+    [
+        ("inner.stps=3", "inner.stps: unknown key. Did you mean inner.steps?"),
+        ("iner.steps=3", "iner.steps: unknown key. Did you mean inner.steps?"),
+        ("steps=3", "steps: unknown key. Did you mean inner.steps or outer.steps?"),
+        ("iner={steps: 3}", "iner.steps: unknown key. Did you mean inner.steps?"),
+        ("zero.qqqq=3", "zero.qqqq: unknown key. zero has stage."),
+        ("wandb=3", "wandb: unknown key. The groups are run, model, prompt, problems, lora, generate,"),
+        ("inner=3", "inner=3: inner is a group of keys."),
+        ("inner.steps=2.5", "inner.steps=2.5: wants an int, at least 1."),
+        ("inner.steps=true", "inner.steps=True: wants an int"),
+        ("inner.steps=", "inner.steps=None: wants an int"),
+        ("inner.steps.x=3", "inner.steps={'x': 3}: wants an int"),
+        ("inner.lr=.nan", "inner.lr=nan: wants a number, at least 0."),
+        ("inner.lr=.inf", "inner.lr=inf: wants a number"),
+        ("inner.clip=off", "inner.clip=False: wants a number or null, more than 0."),
+        ("run.name=true", "run.name=True: wants text."),
+        ("run.name=''", "run.name: empty. It wants text"),
+        ("lora.rank=0", "lora.rank=0: wants an int, at least 1."),
+        ("lora.targets=[]", "lora.targets: empty."),
+        ("lora.targets=[[a]]", "lora.targets=[['a']]: wants a list of texts."),
+        (
+            "scorer.layers=[0.5, 2]",
+            "scorer.layers=[0.5, 2.0]: wants a list of numbers, at least 0 and at most 1.",
+        ),
+        ("scorer.layers=[a]", "scorer.layers=['a']: wants a list of numbers"),
+        ("model.attention=flash", "model.attention='flash': wants one of sdpa, eager."),
+        ("zero.stage=4", "zero.stage=4: wants an int, at least 0 and at most 3."),
+        ("log.tensorboard=maybe", "log.tensorboard='maybe': wants true or false."),
+        ("model.path='???'", "model.path: still to be filled in."),
+        ("model.path=", "model.path=None: wants text."),
+        ("problems.gym={chain_sum: 3}", "problems.gym={'chain_sum': 3}: wants a mapping."),
+        ("prompt.solve_instruction=Solve: it", "Text with ': ' in it needs quotes."),
+    ],
+)
+def test_one_wrong_value(write, override, end):
+    (line,) = errors(write(NEEDED), override)
+    assert end in line
+
+
+def test_what_is_required(write):
+    first, second = errors(write("run: {name: x}\n"))
+    assert first.startswith("model.path: required. It wants text: a folder, a hub id")
+    assert second.startswith("problems.train: required. It wants a list of texts: ")
+
+
+@pytest.mark.parametrize(
+    "overrides, part",
+    [
+        (["inner.optimizer=adam", "inner.steps=1"], "eps_root=1e-4"),
+        (["inner.optimizer=adam", "inner.momentum=0.9"], "inner.momentum=0.9 belongs to sgd"),
+        (["inner.eps_root=1e-4"], "inner.eps_root=0.0001 belongs to adam"),
+        (["inner.learned_lr=one", "outer.lr_inner=0"], "never learns"),
+        (["inner.learned_lr=layer", "inner.lr=0"], "starts at inner.lr=0"),
+        (["meta_gradient.truncate=3"], "more than inner.steps=2"),
+        (["meta_gradient.truncate=1", "outer.through_init=true"], "cuts the first"),
+        (["outer.loss=verifier", "outer.rollouts=1"], "outer.rollouts=2 or more"),
+        (["generate.examples=1"], "softmax over one example"),
+        (["outer.lr_policy=0", "outer.lr_scorer=0"], "nothing would be learned"),
+        (["prompt.pool=3"], "Use prompt.pool=4 or more"),
+        (["prompt.solve_shots=17"], "Use prompt.pool=17 or more"),
+        (["prompt.pool=64", "problems.size=64"], "sets aside all of problems.size=64"),
+        (["problems.weights=[1, 2]"], "2 numbers for the 1 sources"),
+        (
+            ["problems.gym={chain_sums: {min_terms: 2}}"],
+            "problems.gym.chain_sums: settings of a family that is not used",
+        ),
+        (["evaluate.every=1", "problems.heldout_size=8"], "more than problems.heldout_size=8"),
+        (["run.name=a/b"], "Put the folder into run.folder"),
+        (["run.name=.."], "a name, not a path"),
+    ],
+)
+def test_a_contradiction_is_refused(write, overrides, part):
+    (line,) = errors(write(NEEDED), *overrides)
+    assert part in line
+    assert line.endswith(".")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["inner.optimizer=adam", "inner.steps=2"],
+        ["inner.optimizer=adam", "inner.steps=1", "inner.eps_root=1e-4"],
+        ["generate.examples=1", "outer.lr_scorer=0"],
+        ["meta_gradient.truncate=2", "outer.through_init=true"],
+        ["zero.stage=3"],
+        ["outer.loss=verifier", "outer.rollouts=2"],
+        ["prompt.pool=4"],
+    ],
+)
+def test_what_is_next_to_a_contradiction_is_fine(write, overrides):
+    load(write(NEEDED), overrides)
+
+
+def test_nothing_is_said_to_contradict_a_faulty_value(write):
+    (line,) = errors(write(NEEDED), "inner.steps=three", "meta_gradient.truncate=3")
+    assert line.startswith("inner.steps='three'")
+
+
+@pytest.mark.parametrize(
+    "text, end",
+    [
+        ("", "empty. A recipe needs model.path and problems.train at least."),
+        ("# only a comment\n", "empty. A recipe needs model.path and problems.train at least."),
+        ("just some words\n", "not a recipe. It has to be YAML"),
+        ("- a\n- b\n", "not a recipe. It has to be YAML"),
+        ("42\n", "cannot be read as YAML"),
+        ("inner: [1\nlora: 3\n", "cannot be read as YAML: line 2: "),
+        (
+            "inner: {steps: 1}\ninner: {steps: 2}\n",
+            "cannot be read as YAML: line 2: found duplicate key inner",
+        ),
+        ("inner:\n  steps: 1\n  steps: 2\n", "cannot be read as YAML: line 3: found duplicate key steps"),
+        ("run: !!python/object/apply:os.getcwd []\n", "cannot be read as YAML: line 1: "),
+        ("run: {name: '${x'}\n", "cannot be read as YAML: "),
+    ],
+)
+def test_a_file_that_is_no_recipe(write, text, end):
+    path = write(text)
+    with pytest.raises(MassError) as caught:
+        load(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: {end}")
+    assert "\n" not in message
+
+
+def test_a_file_that_cannot_be_read(tmp_path):
+    with pytest.raises(MassError, match="none.yaml: no such recipe file"):
+        load(tmp_path / "none.yaml")
+    with pytest.raises(MassError, match="The recipe comes first"):
+        load("outer.steps=2")
+    with pytest.raises(MassError, match="cannot be read"):
+        load(tmp_path)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x01")
+    with pytest.raises(MassError, match="cannot be read as YAML"):
+        load(tmp_path / "binary.yaml")
+
+
+# ---- the command line and the docs
+
+
+def test_help_shows_every_key_with_type_default_and_meaning(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as caught:
+        command_line(["--help"], "mass-train", "Meta-train.")
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 100
+    flat = " ".join(text.split())
+    for key in KEYS.values():
+        line = f"{key.name} = {module._default(key)} ({module._type(key)}) {key.meaning}"
+        assert " ".join(line.split()) in flat
+        assert key.meaning
+
+
+def test_cfg_prints_the_resolved_recipe_and_stops(write, capsys):
+    path = write(NEEDED)
+    with pytest.raises(SystemExit) as caught:
+        command_line([str(path), "--cfg", "inner.steps=3"], "mass-train", "")
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == dump(load(path, ["inner.steps=3"]))
+
+
+@pytest.mark.parametrize("rank", [["--local_rank=1"], ["--local-rank", "1"]])
+def test_the_launchers_local_rank_is_ignored(write, rank):
+    path = write(NEEDED)
+    # the deepspeed launcher puts it before the script's own arguments
+    assert command_line([*rank, str(path), "inner.steps=3"], "", "") == load(path, ["inner.steps=3"])
+
+
+def test_a_faulty_recipe_exits_with_2_and_one_message(write, capsys, monkeypatch):
+    path = write(NEEDED)
+    with pytest.raises(SystemExit) as caught:
+        command_line([str(path), "inner.stps=3", "--nonsense"], "mass-train", "")
+    assert caught.value.code == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith(f"{path}: 2 errors\n")
+    assert "inner.stps: unknown key" in shown.err and "--nonsense: unknown option" in shown.err
+    # of many ranks one says it
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as caught:
+        command_line([str(path), "inner.stps=3"], "mass-train", "")
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_no_recipe_at_all(capsys):
+    with pytest.raises(SystemExit) as caught:
+        command_line([], "mass-train", "")
+    assert caught.value.code == 2
+    assert "RECIPE" in capsys.readouterr().err
+
+
+def test_recipes_start_without_torch():
+    code = "import sys, mass.recipe; mass.recipe.load('recipes/demo.yaml'); sys.exit('torch' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
+
+
+def test_the_docs_are_in_step():
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    assert page == markdown(), "python -m mass.recipe > docs/recipes.md"
+    for name in KEYS:
+        assert f"| `{name}` |" in page
