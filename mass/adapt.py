@@ -25,13 +25,14 @@ from rich.progress import Progress
 from mass import checkpoint, recipe
 from mass.blocks import Split, split
 from mass.choices import Kit
+from mass.episode import answer_sampling, example_sampling
 from mass.errors import MassError
+from mass.forward import check_head
 from mass.log import no_space
 from mass.lora import LoraShape, attach, load_peft, read_peft_shape
 from mass.methods import METHODS, Record, find, solve
 from mass.model import LanguageModel, load
 from mass.optimizers import Rule
-from mass.practice import Sampling
 from mass.problems import BadLine, Problem, Task, draw_pool, load_problems, load_tasks, text_problem
 from mass.prompts import make_prompts
 from mass.recipe import Recipe
@@ -75,7 +76,13 @@ def plan(run: str | None, model: str | None, overrides: Sequence[str] = ()) -> P
             raise MassError(
                 f"{fixed[0]}: the saved adapter and scorer of {run} were not made so. Leave it out."
             )
-        return Plan(recipe.load(step.parent / "recipe.yaml", overrides), step=step)
+        found = recipe.load(step.parent / "recipe.yaml", overrides)
+        by_hand = [text for text in overrides if text.startswith("inner.lr=")]
+        if by_hand and found.inner.learned_lr != "no":
+            raise MassError(
+                f"{by_hand[0]}: this run learned its inner rate. Add inner.learned_lr=no to set it by hand."
+            )
+        return Plan(found, step=step)
     base = model or _base_of(folder) if folder is not None else model
     return Plan(_defaults(str(base), overrides), peft=folder)
 
@@ -86,6 +93,7 @@ def build_kit(plan: Plan) -> Kit:
     pool = _pool(plan)
     m = r.model
     hf, tokenizer = load(m.path, dtype=m.dtype, device=m.device, cache=m.cache, attention=m.attention)
+    check_head(hf)
     # before the slots change the parameters' names
     print_of = checkpoint.fingerprint(hf.named_parameters()) if plan.step else None
     folder = plan.step / "policy" if plan.step else plan.peft
@@ -112,8 +120,8 @@ def build_kit(plan: Plan) -> Kit:
         make_prompts(tokenizer, r.prompt.style, r.prompt.solve_instruction, r.prompt.generate_instruction),
         Rule(i.optimizer, i.momentum, i.beta1, i.beta2, i.eps, i.eps_root, i.clip),
         _rates(r, saved_rates, keys, parts, lm.device),
-        Sampling(g.max_new_tokens, g.temperature, g.top_p, g.top_k, g.min_p, g.batch_rows),
-        Sampling(g.answer_tokens, g.temperature, g.top_p, g.top_k, g.min_p, g.batch_rows),
+        example_sampling(r),
+        answer_sampling(r, g.temperature),
         examples=g.examples,
         steps=i.steps,
         max_growth=i.max_growth,
@@ -279,9 +287,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"mass-adapt: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
-        # the reader has gone (head, less): say nothing, now or when Python flushes at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
+        # the reader has gone (head, less)
+        _silence(out)
         return 0
+    except OSError as error:
+        if not no_space(error):
+            raise
+        _silence(out)
+        print("mass-adapt: no space left for the answers: free some, and run the rest again", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
 
@@ -334,8 +348,10 @@ def _run(args: argparse.Namespace, out: IO[str]) -> None:
     if args.method is None and not wanted.step:
         _say("there is no trained scorer here, so the method is quest: all examples count alike")
     torch.set_num_threads(wanted.recipe.run.threads)
-    with _new_file(args.out) as file:
-        kit = build_kit(wanted)
+    if args.out is not None and Path(args.out).exists():
+        raise MassError(f"--out {args.out} exists, and nothing is overwritten: name another file")
+    kit = build_kit(wanted)
+    with contextlib.nullcontext() if args.out is None else _new(args.out) as file:
         console = Console(file=out, highlight=False, width=None if out.isatty() else 120)
         live = Progress(
             console=Console(stderr=True),
@@ -372,21 +388,18 @@ def _problems(args: argparse.Namespace) -> list[Problem | BadLine]:
     return load_problems(args.file or "-")
 
 
-@contextlib.contextmanager
-def _new_file(path: str | None) -> Iterator[IO[str] | None]:
-    if path is None:
-        yield None
-        return
+def _new(path: str) -> IO[str]:
     try:
-        with open(path, "x", encoding="utf-8") as file:
-            yield file
+        return open(path, "x", encoding="utf-8")
     except FileExistsError:
         raise MassError(f"--out {path} exists, and nothing is overwritten: name another file") from None
     except OSError as error:
-        why = "no space left on its disk" if no_space(error) else str(error)
-        if isinstance(error, BrokenPipeError):
-            raise
-        raise MassError(f"--out {path} cannot be written: {why}") from None
+        raise MassError(f"--out {path} cannot be written ({error.strerror}): name another file") from None
+
+
+def _silence(out: IO[str]) -> None:
+    """What is still in the stream's buffer goes nowhere, or Python would fail on it once more at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
 
 
 def _say(text: str) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from mass.batch import Packed, Sequence, pack
 from mass.errors import MassError
 from mass.lora import Adapter, Layers, using
 
@@ -64,7 +65,27 @@ def split(hf: nn.Module, layers: Layers) -> Split:
     return found
 
 
-def enter(parts: Split, tokens_BS: Tensor, positions_BS: Tensor) -> Call:
+def attends_fully(hf: nn.Module) -> bool:
+    """True when every layer attends to the whole context: no sliding windows, chunks or recurrent layers."""
+    config = hf.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or ["full_attention"]
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    return set(kinds) == {"full_attention"} and (
+        window is None or getattr(config, "layer_types", None) is not None
+    )
+
+
+def model_inputs(hf: nn.Module, packed: Packed) -> dict[str, Tensor]:
+    """The model's keyword arguments for a packed batch."""
+    inputs = {"input_ids": packed.tokens_BS, "position_ids": packed.positions_BS}
+    if packed.mask_B1SS is not None:
+        # Additive, in the model's dtype: the one form that every attention implementation takes as it is.
+        zero = torch.zeros((), dtype=next(hf.parameters()).dtype, device=packed.mask_B1SS.device)
+        inputs["attention_mask"] = zero.masked_fill(~packed.mask_B1SS, torch.finfo(zero.dtype).min)
+    return inputs
+
+
+def enter(parts: Split, packed: Packed) -> Call:
     """Embed a batch and record what every block is called with."""
     seen: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
 
@@ -76,7 +97,7 @@ def enter(parts: Split, tokens_BS: Tensor, positions_BS: Tensor) -> Call:
         block.forward = stub  # type: ignore[method-assign]
     try:
         with torch.no_grad():
-            parts.body(input_ids=tokens_BS, position_ids=positions_BS, use_cache=False)
+            parts.body(**model_inputs(parts.body, packed), use_cache=False)
     finally:
         for block in parts.blocks:
             del block.forward
@@ -107,14 +128,14 @@ def differentiable_attention() -> Iterator[None]:
 
 def _agrees(parts: Split) -> bool:
     device = next(parts.body.parameters()).device
-    tokens = torch.arange(1, 9, device=device).view(1, 8) % parts.body.get_input_embeddings().num_embeddings
-    positions = torch.arange(8, device=device).view(1, 8)
+    tokens = [1 + i % (parts.body.get_input_embeddings().num_embeddings - 1) for i in range(8)]
+    probe = pack([[Sequence(tokens, 1)]], 0, device)
     with torch.no_grad(), using(parts.layers, None):
-        call = enter(parts, tokens, positions)
+        call = enter(parts, probe)
         if len(call.arguments) != len(parts.blocks):
             return False
         hidden = call.hidden_BSD
         for i in range(len(parts.blocks)):
             hidden = run_block(parts, call, i, hidden, {})
-        whole = parts.body(input_ids=tokens, position_ids=positions, use_cache=False).last_hidden_state
+        whole = parts.body(**model_inputs(parts.body, probe), use_cache=False).last_hidden_state
     return torch.allclose(parts.norm(hidden), whole, rtol=1e-3, atol=1e-3)

@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from mass import metagrad, outer, scorer
 from mass.batch import Packed, Sequence, pack
-from mass.blocks import Split
+from mass.blocks import Split, attends_fully
 from mass.choices import Kit, shots_for
 from mass.forward import loss_and_grad, token_logprobs
-from mass.generate import Rollout
 from mass.lora import Adapter, expand
 from mass.metagrad import MetaGradient, Products
 from mass.model import LanguageModel
@@ -322,7 +321,7 @@ def _verified(
         ]
         for t, s, own in zip(tasks, shots, drawn, strict=True)
     ]
-    packed = pack(rows, lm.tokenizer.pad_token_id, lm.device)
+    packed = pack(rows, lm.tokenizer.pad_token_id, lm.device, share=attends_fully(lm.hf))
     grad: Adapter = {}
     if need_grad:
         parts = setting.parts if recipe.inner.checkpoint else None
@@ -346,19 +345,18 @@ def _generator_gradient(
 ) -> float:
     """Add the generator loss's gradient (a micro-batch of sequences at a time); returns the mean KL to the base."""
     recipe, lm = setting.recipe, setting.lm
-    rows: list[tuple[Sequence, Rollout]] = [
-        (Sequence([*asked, *r.tokens], len(asked)), r)
-        for asked, own in zip(practice.prompts, practice.rollouts, strict=True)
-        for r in own
-    ]
-    advantage = advantage_TN.flatten()
-    scale = recipe.outer.generator / len(rows)
+    asked_rows = list(zip(practice.prompts, practice.rollouts, strict=True))
+    T, N = advantage_TN.shape
+    scale = recipe.outer.generator / (T * N)
+    height = max(1, recipe.outer.micro_rows // N)
     kl_sum = 0.0
-    for first in range(0, len(rows), recipe.outer.micro_rows):
-        chunk = rows[first : first + recipe.outer.micro_rows]
-        packed = pack([[s for s, _ in chunk]], lm.tokenizer.pad_token_id, lm.device)
-        old_M = torch.tensor([x for _, r in chunk for x in r.logprobs], device=lm.device)
-        share = advantage[first : first + recipe.outer.micro_rows].unsqueeze(0)
+    for first in range(0, T, height):
+        some = asked_rows[first : first + height]
+        chunk = [[Sequence([*asked, *r.tokens], len(asked)) for r in own] for asked, own in some]
+        # One adapter for all: the task axis of this batch only says whose samples share a prompt.
+        packed = pack(chunk, lm.tokenizer.pad_token_id, lm.device, share=attends_fully(lm.hf))
+        old_M = torch.tensor([x for _, own in some for r in own for x in r.logprobs], device=lm.device)
+        share = advantage_TN[first : first + height]
         base_M = None
         if recipe.outer.beta > 0:
             with torch.no_grad():
@@ -390,7 +388,7 @@ def _generator_gradient(
         kl_sum += seen[0].item()
         for key, g in grad.items():
             gradients[f"policy/{key}"] += g.squeeze(0)
-    return kl_sum / len(rows)
+    return kl_sum / (T * N)
 
 
 def _rate_gradient(

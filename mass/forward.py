@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mass.batch import Packed
-from mass.blocks import Split, differentiable_attention, enter, of_block, run_block
+from mass.blocks import Split, differentiable_attention, enter, model_inputs, of_block, run_block
 from mass.errors import MassError
 from mass.lora import Adapter, Layers, using
 
@@ -120,14 +120,14 @@ def pick(logits_MV: Tensor, label_M: Tensor) -> Tensor:
 
 
 def _body(hf: nn.Module, packed: Packed) -> Tensor:
-    out = hf.base_model(input_ids=packed.tokens_BS, position_ids=packed.positions_BS, use_cache=False)
+    out = hf.base_model(**model_inputs(hf, packed), use_cache=False)
     return out.last_hidden_state
 
 
 def _blockwise(
     hf: nn.Module, parts: Split, packed: Packed, adapter: Adapter, loss: Loss
 ) -> tuple[Tensor, Tensor, Adapter]:
-    call = enter(parts, packed.tokens_BS, packed.positions_BS)
+    call = enter(parts, packed)
     adapter = {key: tensor.detach() for key, tensor in adapter.items()}
     kept = []
     hidden = call.hidden_BSD

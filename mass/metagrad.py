@@ -121,7 +121,7 @@ def blockwise(
     def products(step: Step, mu: Adapter, need_hessian: bool) -> tuple[Tensor, Adapter | None]:
         keep = need_hessian and not recompute
         adapter = {key: tensor.detach().requires_grad_(keep) for key, tensor in step.adapter.items()}
-        call = enter(parts, packed.tokens_BS, packed.positions_BS)
+        call = enter(parts, packed)
         pair = (call.hidden_BSD, torch.zeros_like(call.hidden_BSD))
         kept: list[tuple[Tensor, Tensor]] = []
         with differentiable_attention():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mass import inner, scorer
 from mass.batch import Packed, Sequence, pack
-from mass.blocks import Split
+from mass.blocks import Split, attends_fully
 from mass.forward import example_loss, loss_and_grad, token_logprobs
 from mass.generate import Rollout, generate
 from mass.inner import Trajectory
@@ -103,7 +103,7 @@ def pack_examples(
         [solve_sequence(prompts, e.problem, e.solution, shots) if e.valid else None for e in own]
         for own, shots in zip(examples, solve_shots, strict=True)
     ]
-    packed = pack(sequences, lm.tokenizer.pad_token_id, lm.device)
+    packed = pack(sequences, lm.tokenizer.pad_token_id, lm.device, share=attends_fully(lm.hf))
     return packed, packed.count_TN > 0
 
 

@@ -31,12 +31,16 @@ if TYPE_CHECKING:
 
     from mass.problems import Task
 
-SOLVE_INSTRUCTION = "Solve the problem. End the solution with a line 'Answer: ' and the final answer."
-GENERATE_INSTRUCTION = (
-    "Write a new problem of the same kind as the given problem, with other numbers or details, and solve it. "
-    "End the solution with a line 'Answer: ' and the final answer."
-)
-CHAT_FORM = "Use this form:\nProblem: <the new problem>\nSolution: <its solution>\nAnswer: <the final answer>"
+SOLVE_INSTRUCTION = {
+    "chat": "Solve the problem. End the solution with a line 'Answer: ' and the final answer.",
+    "plain": "Each problem is followed by its solution, which ends in a line 'Answer: ' and the final answer.",
+}
+GENERATE_INSTRUCTION = {
+    "chat": "Write a problem similar to this one, with its solution:",
+    "plain": "Each problem is followed by a similar problem with its solution.",
+}
+# Behind the problem in every turn: a small model then copies the form, and not the problem's own end (measured).
+CHAT_FORM = "Use this form: Problem: <the new problem> Solution: <its solution> Answer: <the final answer>"
 # Read by some templates: Qwen3 would spend the tokens thinking, Llama 3 would put today's date in the prompt.
 TEMPLATE_ARGUMENTS = {"enable_thinking": False, "date_string": "26 Jul 2024"}
 
@@ -50,15 +54,16 @@ class Prompts:
 
     tokenizer: "PreTrainedTokenizerBase"
     style: str
-    solve_instruction: str = SOLVE_INSTRUCTION
-    generate_instruction: str = GENERATE_INSTRUCTION
+    solve_instruction: str
+    generate_instruction: str
 
     def solve(self, text: str, shots: Sequence[SolveShot] = ()) -> list[int]:
         """The prompt whose continuation is the solution of problem `text`; shots are (problem, solution)."""
         if self.style == "chat":
-            turns = [part.strip() for shot in shots for part in shot] + [text.strip()]
-            turns[0] = f"{self.solve_instruction}\n\n{turns[0]}".strip()
-            return self._chat(turns)
+            turns = []
+            for problem, solution in shots:
+                turns += [f"{self.solve_instruction}\n\n{problem.strip()}".strip(), solution.strip()]
+            return self._chat([*turns, f"{self.solve_instruction}\n\n{text.strip()}".strip()])
         blocks = [f"Problem: {_close_up(p)}\nSolution: {_close_up(s)}" for p, s in shots]
         return self._plain(self.solve_instruction, [*blocks, f"Problem: {_close_up(text)}\nSolution:"])
 
@@ -67,15 +72,16 @@ class Prompts:
         if self.style == "chat":
             turns = []
             for given, similar, solution in shots:
-                turns += [f"Problem: {given.strip()}", f"Problem: {similar.strip()}\nSolution: {solution.strip()}"]
-            turns.append(f"Problem: {text.strip()}")
-            turns[0] = f"{self.generate_instruction} {CHAT_FORM}\n\n{turns[0]}".strip()
-            return self._chat(turns)
+                turns += [self._ask_similar(given), f"Problem: {similar.strip()}\nSolution: {solution.strip()}"]
+            return self._chat([*turns, self._ask_similar(text)])
         blocks = [
             f"Problem: {_close_up(given)}\nSimilar problem: {_close_up(similar)}\nSolution: {_close_up(solution)}"
             for given, similar, solution in shots
         ]
         return self._plain(self.generate_instruction, [*blocks, f"Problem: {_close_up(text)}\nSimilar problem:"])
+
+    def _ask_similar(self, text: str) -> str:
+        return f"{self.generate_instruction}\n\n{text.strip()}\n\n{CHAT_FORM}".strip()
 
     def solution(self, text: str) -> list[int]:
         """What the model must write after `solve(...)`: the solution `text` and what ends it in this style."""
@@ -155,11 +161,12 @@ def make_prompts(
         style = "chat" if tokenizer.chat_template else "plain"
     if style == "chat" and not tokenizer.chat_template:
         raise MassError("prompt.style=chat: this model's tokenizer has no chat template. Set prompt.style=plain")
-    prompts = Prompts(tokenizer, style)
-    if solve_instruction is not None:
-        prompts = replace(prompts, solve_instruction=solve_instruction)
-    if generate_instruction is not None:
-        prompts = replace(prompts, generate_instruction=generate_instruction)
+    prompts = Prompts(
+        tokenizer,
+        style,
+        SOLVE_INSTRUCTION[style] if solve_instruction is None else solve_instruction,
+        GENERATE_INSTRUCTION[style] if generate_instruction is None else generate_instruction,
+    )
     # a template that cannot be used shows itself here
     _ = prompts.stop_ids
     return prompts

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mass.batch import Packed
-from mass.blocks import Split, enter, run_block
+from mass.blocks import Split, enter, model_inputs, run_block
 from mass.lora import Layers, using
 
 
@@ -55,22 +55,17 @@ def features(
     wanted = [max(1, round(depth * total)) for depth in depths]
     with torch.no_grad(), using(layers, None):
         if parts is None:
-            out = hf.base_model(
-                input_ids=packed.tokens_BS,
-                position_ids=packed.positions_BS,
-                use_cache=False,
-                output_hidden_states=True,
-            )
+            out = hf.base_model(**model_inputs(hf, packed), use_cache=False, output_hidden_states=True)
             states = [out.hidden_states[i] for i in wanted]
         else:
-            call = enter(parts, packed.tokens_BS, packed.positions_BS)
+            call = enter(parts, packed)
             hidden, seen = call.hidden_BSD, {}
             for i in range(max(wanted)):
                 hidden = run_block(parts, call, i, hidden, {})
                 if i + 1 in wanted:
                     seen[i + 1] = hidden
             states = [seen[i] for i in wanted]
-        at_MF = torch.cat([state.flatten(0, 1)[packed.place_M + 1].float() for state in states], -1)
+        at_MF = torch.cat([state.flatten(0, 1)[packed.own_M].float() for state in states], -1)
         count = packed.count_TN.numel()
         sum_F = at_MF.new_zeros(count, at_MF.shape[1]).index_add_(0, packed.owner_M, at_MF)
         return (sum_F / packed.count_TN.clamp(min=1).view(-1, 1)).view(*packed.count_TN.shape, -1)

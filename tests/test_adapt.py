@@ -1,0 +1,354 @@
+"""mass.adapt: the command on a run folder, a PEFT folder and a bare model, all of a tiny random model."""
+
+import errno
+import io
+import json
+import math
+import re
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+
+from mass import adapt, checkpoint
+from mass.adapt import adapt_problems, as_json, build_kit, main, plan
+from mass.checkpoint import Contents, open_run
+from mass.errors import MassError
+from mass.lora import LoraShape, attach, fresh
+from mass.methods import Made, Record, Seconds, StepLoss, Tokens
+from mass.model import load
+from mass.problems import BadLine, Problem
+from mass.scorer import Scorer
+from mass.view import view
+
+FIELDS = {
+    "id": str, "problem": str, "method": str, "answer": str | None, "base_answer": str | None,
+    "vote_answer": str | None, "votes": int, "solution": str, "base_solution": str, "examples": list, "steps": list,
+    "tokens": dict, "seconds": dict, "note": str, "error": str | None,
+}  # fmt: skip
+SHOTS = [{"id": f"s{i}", "problem": f"What is {i} + 2?", "solution": f"Answer: {i + 2}", "answer": str(i + 2), "source": "x"}
+         for i in range(4)]  # fmt: skip
+SHORT = ["generate.max_new_tokens=6", "generate.answer_tokens=5", "generate.examples=2"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with steps 1 and 2, as training leaves it."""
+    recipe = {
+        "run": {"name": "r"},
+        "model": {"path": "tiny:llama", "dtype": "fp32"},
+        "problems": {"train": ["gym:chain_sum"]},
+        "prompt": {"style": "plain", "generate_shots": 1, "pool": 4},
+        "lora": {"rank": 2, "alpha": 4.0},
+        "scorer": {"hidden": 8},
+        "generate": {"max_new_tokens": 6, "answer_tokens": 5, "examples": 2},
+        "inner": {"lr": 0.25, "learned_lr": "one"},
+    }
+    hf, _ = load("tiny:llama", dtype="fp32", device="cpu")
+    base = checkpoint.fingerprint(hf.named_parameters())
+    shape = LoraShape(2, 4.0, ("all-linear",))
+    layers = attach(hf, shape)
+    opened = open_run(tmp_path_factory.mktemp("runs"), "r", yaml.safe_dump(recipe), "no")
+    for step in (1, 2):
+        generator = torch.Generator().manual_seed(step)
+        policy = {
+            key: x + 0.1 * torch.randn(x.shape, generator=generator)
+            for key, x in fresh(layers, 2, generator).items()
+        }
+        with torch.random.fork_rng():
+            torch.manual_seed(step)
+            scorer = Scorer(hf.config.hidden_size, 2, 8).state_dict()
+        contents = Contents(
+            policy, shape, "tiny:llama", scorer, {}, [torch.get_rng_state()],
+            {"fingerprint": base, "extra": {"inner_lr": {"all": 0.125}}},
+        )  # fmt: skip
+        checkpoint.save(opened, step, contents, 0)
+    (opened.folder / "shots.jsonl").write_text("".join(json.dumps(shot) + "\n" for shot in SHOTS))
+    return opened.folder
+
+
+Command = Callable[..., SimpleNamespace]
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
+    def call(*argv: str) -> SimpleNamespace:
+        code = main(argv)
+        out, err = capsys.readouterr()
+        return SimpleNamespace(code=code, out=out, err=err)
+
+    return call
+
+
+def fits(value: Any, kind: Any) -> bool:
+    return isinstance(value, kind)
+
+
+def test_json_has_every_field_and_is_alone_on_standard_output(run: Path, command: Command) -> None:
+    said = command("--run", str(run), "--json", "--problem", "What is 4 + 3?")
+    assert said.code == 0 and said.out.count("\n") == 1
+    record = json.loads(said.out)
+    assert list(record) == list(FIELDS)
+    assert all(fits(record[key], kind) for key, kind in FIELDS.items())
+    assert record["method"] == "mass" and record["problem"] == "What is 4 + 3?" and record["error"] is None
+    assert [set(e) for e in record["examples"]] == [{"problem", "solution", "weight", "valid", "reason"}] * 2
+    assert set(record["tokens"]) == {"generated", "trained"}
+    assert set(record["seconds"]) == {"generate", "score", "adapt", "answer"}
+    # a random model writes no example: nothing moved, and it says so
+    assert (
+        record["note"].startswith("none of 2 examples is valid")
+        and record["solution"] == record["base_solution"]
+    )
+    again = json.loads(
+        command("--run", str(run / "step_000002"), "--json", "--problem", "What is 4 + 3?").out
+    )
+    assert {**again, "seconds": 0} == {**record, "seconds": 0}
+    older = json.loads(
+        command("--run", str(run / "step_000001"), "--json", "--problem", "What is 4 + 3?").out
+    )
+    assert older["solution"] != record["solution"]
+
+
+def test_what_libraries_print_goes_to_standard_error(
+    run: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = adapt.build_kit
+    monkeypatch.setattr(adapt, "build_kit", lambda plan: print("noise") or build(plan))
+    said = command("--run", str(run), "--json", "--problem", "x", "--method", "none")
+    assert json.loads(said.out)["method"] == "none" and "noise" in said.err
+
+
+def test_kit_of_a_run_is_what_was_trained(run: Path) -> None:
+    kit = build_kit(plan(str(run), None, ["inner.steps=1", "generate.examples=5", "inner.max_growth=3"]))
+    contents = checkpoint.load(run / "step_000002", kit.lm.lora)
+    assert kit.policy is not None and kit.policy.keys() == contents.policy.keys()
+    assert all(torch.equal(x, contents.policy[key]) for key, x in kit.policy.items())
+    assert kit.head is not None
+    assert all(torch.equal(x, contents.scorer[key]) for key, x in kit.head.state_dict().items())
+    assert {float(x) for x in kit.lr.values()} == {0.125} and kit.lr.keys() == kit.policy.keys()
+    assert (kit.steps, kit.examples, kit.max_growth) == (1, 5, 3)
+    assert [t.problem.id for t in kit.pool] == ["s0", "s1", "s2", "s3"] and kit.generate_shots == 1
+    assert kit.lm.shape is not None and kit.lm.shape.scale == 2.0
+    own = build_kit(plan(str(run), None, ["inner.learned_lr=no", "inner.lr=0.5"]))
+    assert {float(x) for x in own.lr.values()} == {0.5}
+
+
+def test_newest_good_step_is_taken_when_the_newest_is_damaged(
+    run: Path, command: Command, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(run, tmp_path / "r")
+    (copy / "step_000002" / "scorer.safetensors").write_bytes(b"torn")
+    damaged = command("--run", str(copy / "step_000002"), "--problem", "x")
+    assert damaged.code == 2 and "scorer.safetensors" in damaged.err and "step_000001" in damaged.err
+    assert plan(str(copy), None).step == (copy / "step_000001").resolve()
+
+
+def test_learned_rate_of_each_layer(run: Path) -> None:
+    r = plan(str(run), None).recipe
+    r = replace(r, inner=replace(r.inner, learned_lr="layer"))
+    parts = SimpleNamespace(prefix=["model.layers.0.", "model.layers.1."])
+    keys = ["model.layers.0.q.A", "model.layers.1.q.B", "elsewhere.A"]
+    rates = adapt._rates(r, {"block0": 0.5, "block1": 0.25, "rest": 2.0}, keys, parts, torch.device("cpu"))  # type: ignore[arg-type]
+    assert [float(rates[key]) for key in keys] == [0.5, 0.25, 2.0]
+
+
+def test_peft_folder_and_bare_model_have_no_scorer(run: Path, command: Command) -> None:
+    peft = str(run / "step_000002" / "policy")
+    for target in (["--run", peft], ["--model", "tiny:llama"]):
+        common = [*target, *SHORT, "model.dtype=fp32", "prompt.style=plain", "--problem", "x"]
+        said = command(*common, "--json")
+        assert said.code == 0 and json.loads(said.out)["method"] == "quest"
+        assert "no trained scorer here, so the method is quest" in said.err
+        said = command(*common, "--method", "mass")
+        assert said.code == 2 and said.out == "" and "method mass weighs by a trained scorer" in said.err
+    adapted = command(
+        "--run", peft, *SHORT, "model.dtype=fp32", "--problem", "x", "--method", "none", "--json"
+    )
+    bare = command(
+        "--model", "tiny:llama", *SHORT, "model.dtype=fp32", "--problem", "x", "--method", "none", "--json"
+    )
+    assert json.loads(adapted.out)["solution"] != json.loads(bare.out)["solution"]
+    assert adapted.err == "" and bare.err == ""
+
+
+def test_bare_model_takes_shots_from_problems_train(tmp_path: Path, command: Command) -> None:
+    file = tmp_path / "train.jsonl"
+    file.write_text(
+        "".join(json.dumps({"problem": f"What is {i} + 1?", "answer": str(i + 1)}) + "\n" for i in range(8))
+    )
+    common = ["--model", "tiny:llama", *SHORT, "--problem", "x", "--method", "random", "--json"]
+    said = command(*common)
+    assert said.code == 2 and "set problems.train=FILE.jsonl" in said.err
+    said = command(*common, f"problems.train={file}", "prompt.pool=4")
+    record = json.loads(said.out)
+    assert len(record["steps"]) == 2 and record["steps"][0]["before"] > 0 and record["tokens"]["trained"] > 0
+    assert all(e["valid"] and e["weight"] == 1 for e in record["examples"])
+
+
+def test_file_with_bad_lines(run: Path, command: Command, tmp_path: Path) -> None:
+    file, out = tmp_path / "p.jsonl", tmp_path / "out.jsonl"
+    lines = [b'{"problem": "one", "id": "first"}', b"no json", b'{"problem": "caf\xe9"}', b'{"text": "x"}', b"",
+             json.dumps({"problem": "long " * 2000}).encode(), b'{"problem": "two", "answer": "secret"}']  # fmt: skip
+    file.write_bytes(b"\n".join(lines))
+    said = command(
+        "--run",
+        str(run),
+        "--file",
+        str(file),
+        "--json",
+        "--batch",
+        "2",
+        "--out",
+        str(out),
+        "--method",
+        "none",
+    )
+    assert said.code == 0
+    records = [json.loads(line) for line in said.out.splitlines()]
+    assert [r["id"] for r in records[:4]] == ["first", "line 2", "line 3", "line 4"]
+    assert [bool(r["error"]) for r in records] == [False, True, True, True, True, False]
+    assert "line 2: not JSON" in records[1]["error"] and "line 3: not UTF-8" in records[2]["error"]
+    assert "line 4: no 'problem'" in records[3]["error"] and "too long" in records[4]["error"]
+    assert out.read_text() == said.out and "secret" not in said.out
+    # alone, without the others in its batch
+    alone = command("--run", str(run), "--problem", "two", "--json", "--method", "none")
+    assert {**json.loads(alone.out), "seconds": 0} == {**records[5], "seconds": 0}
+
+
+def test_records_come_as_batches_finish(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches: list[list[str]] = []
+
+    def solve(kit: Any, problems: Sequence[Problem], method: str, *, baselines: bool) -> list[Record]:
+        batches.append([p.id for p in problems])
+        return [Record(p.id, p.text, method) for p in problems]
+
+    monkeypatch.setattr(adapt, "solve", solve)
+    items = [
+        Problem("a", ""),
+        BadLine(2, "bad", "x"),
+        Problem("b", ""),
+        BadLine(4, "bad", ""),
+        Problem("c", ""),
+    ]
+    found = adapt_problems(None, items, "none", 2)  # type: ignore[arg-type]
+    assert next(found).id == "a" and batches == [["a", "b"]]
+    assert [r.id for r in found] == ["line 2", "b", "line 4", "c"] and batches == [["a", "b"], ["c"]]
+
+
+def test_standard_input(run: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    for data, ids in (
+        (b'{"problem": "one", "id": "1"}\n{"problem": "two", "id": "2"}\n', ["1", "2"]),
+        (b"What is\n4 + 3?", None),
+    ):
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(data)))
+        said = command("--run", str(run), "-", "--json", "--method", "none", "--no-baselines")
+        records = [json.loads(line) for line in said.out.splitlines()]
+        if ids:
+            assert [r["id"] for r in records] == ids
+        else:
+            assert [r["problem"] for r in records] == ["What is\n4 + 3?"]
+        assert all(r["base_answer"] is None and r["votes"] == 0 for r in records)
+
+
+def test_errors_are_one_sentence_and_exit_2(run: Path, command: Command, tmp_path: Path) -> None:
+    empty, no_recipe, exists = tmp_path / "empty.jsonl", tmp_path / "folder", tmp_path / "out"
+    empty.touch(), exists.touch(), no_recipe.mkdir()
+    here, one = ["--run", str(run)], ["--problem", "x"]
+    cases = [
+        (["--run", "no/such", *one], "--run no/such: there is no such folder"),
+        (["--run", str(no_recipe), *one], "is not a run folder: it has no recipe.yaml"),
+        (one, "--run FOLDER .* or --model MODEL"),
+        ([*here, "--model", "tiny:llama", *one], "a run names its own model"),
+        (here, "one of --problem TEXT, --file F.jsonl and - .* none of them is given"),
+        ([*here, *one, "--file", str(empty)], "--problem and --file are given"),
+        ([*here, *one, "-"], "--problem and - are given"),
+        ([*here, "--file", str(empty)], "empty.jsonl is empty"),
+        ([*here, "--file", "none.jsonl"], "There is no problem file none.jsonl"),
+        ([*here, "--problem", "  "], "The problem text cannot be used"),
+        ([*here, *one, "--method", "mas"], "'mas': did you mean mass"),
+        ([*here, *one, "--batch", "0"], "--batch 0: it wants 1 or more"),
+        ([*here, *one, "--out", str(exists)], "exists, and nothing is overwritten"),
+        ([*here, *one, "--out", str(tmp_path / "no" / "out")], "cannot be written"),
+        ([*here, *one, "inner.step=1"], "inner.step: unknown key. Did you mean inner.steps"),
+        ([*here, *one, "lora.rank=4"], "lora.rank=4: the saved adapter and scorer .* were not made so"),
+        (
+            [*here, *one, "inner.lr=0.1"],
+            "inner.lr=0.1: this run learned its inner rate. .* inner.learned_lr=no",
+        ),
+        ([*here, *one, "model.path=tiny:qwen2", "--out", str(tmp_path / "none")], "another base model"),
+        (["--model", "tiny:llama", *one, "inner.step=1"], "1 error\n  inner.step: unknown key"),
+        (["--model", "no/such/model", *one], "there is no such folder"),
+    ]
+    for argv, sentence in cases:
+        said = command(*argv)
+        assert said.code == 2, argv
+        assert said.out == "" and said.err.startswith("mass-adapt: ") and "Traceback" not in said.err
+        assert re.search(sentence, said.err.split("mass-adapt: ")[-1], re.DOTALL), (argv, said.err)
+    assert exists.read_text() == "" and not (tmp_path / "none").exists()
+
+
+def test_damaged_or_missing_shots(run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run, tmp_path / "r")
+    (copy / "shots.jsonl").write_text('{"id": 1')
+    with pytest.raises(MassError, match="shots.jsonl is damaged"):
+        build_kit(plan(str(copy), None))
+    (copy / "shots.jsonl").unlink()
+    with pytest.raises(MassError, match="prompt.generate_shots=0 prompt.solve_shots=0"):
+        build_kit(plan(str(copy), None))
+    assert build_kit(plan(str(copy), None, ["prompt.generate_shots=0"])).pool == []
+
+
+@pytest.mark.parametrize(("error", "code"), [(BrokenPipeError(), 0), (OSError(errno.ENOSPC, "full"), 2)])
+def test_standard_output_that_takes_no_more(
+    run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: OSError, code: int
+) -> None:
+    def gone(*_: Any) -> None:
+        raise error
+
+    with open(tmp_path / "pipe", "w") as pipe:
+        monkeypatch.setattr(adapt, "_run", gone)
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert main(["--run", str(run), "--problem", "x"]) == code
+
+
+RECORD = Record(
+    "p1", "What is [bold]4[/] + 3?", "mass", "7", "5", "6", 12, "4 + 3 = 7\nAnswer: 7", "Answer: 5",
+    (Made("What is 1 + 1?", "Answer: 2", 2.25, True, ""), Made("What\x1b[31m", "", 0.0, False, "no_answer")),
+    (StepLoss(2.0, 1.5), StepLoss(1.5, math.nan)), Tokens(61, 80), Seconds(1.0, 0.5, 0.25, 2.0), "look here",
+)  # fmt: skip
+
+
+def test_json_of_numbers_that_are_not_finite() -> None:
+    assert json.loads(as_json(RECORD))["steps"][1] == {"before": 1.5, "after": None}
+
+
+def test_view_shows_curriculum_losses_and_answers() -> None:
+    def shown(record: Record, width: int = 120) -> str:
+        console = Console(file=io.StringIO(), width=width)
+        console.print(view(record, console.width))
+        return console.file.getvalue()  # type: ignore[attr-defined]
+
+    text = shown(RECORD)
+    assert "p1: What is [bold]4[/] + 3?" in text and "\x1b" not in text
+    assert "2.25 ##########" in text and "no_answer" in text and "Answer: 2" in text
+    assert "inner loss 2.000 -> 1.500 -> nan" in text and "note: look here" in text
+    assert "answer before 5, by vote of 12 samples 6, after 7\n" in text
+    assert "61 tokens generated, 80 trained; seconds: generate 1.0, score 0.5, adapt 0.2, answer 2.0" in text
+    assert "answer (none stated)\n" in shown(replace(RECORD, votes=0, answer=None))
+    failed = shown(Record("line 2", "oops", "mass", error="line 2: not JSON"))
+    assert "line 2: oops" in failed and "failed: line 2: not JSON" in failed and "answer" not in failed
+    assert "4 + 3 = 7" in shown(RECORD, 40)
+
+
+def test_human_view_is_the_default(run: Path, command: Command) -> None:
+    said = command("--run", str(run), "--problem", "What is 4 + 3?", "generate.examples=3")
+    assert said.code == 0 and said.out.startswith("What is 4 + 3?") and "\x1b" not in said.out
+    assert "answer before (none stated), by vote of " in said.out and said.err == ""
