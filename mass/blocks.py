@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import PreTrainedModel
 
 from mass.batch import Packed, Sequence, pack
 from mass.errors import MassError
@@ -25,7 +26,7 @@ _NORMS = ("norm", "final_layer_norm", "ln_f", "final_layernorm")
 class Split:
     """Where a decoder's parts are. `prefix[i]` is the module path of block i, with a dot at its end."""
 
-    body: nn.Module
+    body: PreTrainedModel
     blocks: list[nn.Module]
     prefix: list[str]
     norm: nn.Module
@@ -40,14 +41,14 @@ class Call:
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
 
 
-def split(hf: nn.Module, layers: Layers) -> Split:
+def split(hf: PreTrainedModel, layers: Layers) -> Split:
     """Find the blocks of a decoder. Raises MassError, naming the engines that need no split, when they are not found
     or when driving them by hand does not give the model's own hidden states.
     """
     kind = type(hf).__name__
     way_out = "meta_gradient.mode=reverse and meta_gradient.mode=finite_difference work without them."
     count = getattr(hf.config.get_text_config(), "num_hidden_layers", None)
-    body = hf.base_model
+    body: PreTrainedModel = hf.base_model  # type: ignore[assignment]
     for name, module in body.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             owner = body.get_submodule(name.rpartition(".")[0])
@@ -65,7 +66,7 @@ def split(hf: nn.Module, layers: Layers) -> Split:
     return found
 
 
-def attends_fully(hf: nn.Module) -> bool:
+def attends_fully(hf: PreTrainedModel) -> bool:
     """True when every layer attends to the whole context: no sliding windows, chunks or recurrent layers."""
     config = hf.config.get_text_config()
     kinds = getattr(config, "layer_types", None) or ["full_attention"]
@@ -75,7 +76,7 @@ def attends_fully(hf: nn.Module) -> bool:
     )
 
 
-def model_inputs(hf: nn.Module, packed: Packed) -> dict[str, Tensor]:
+def model_inputs(hf: PreTrainedModel, packed: Packed) -> dict[str, Tensor]:
     """The model's keyword arguments for a packed batch."""
     inputs = {"input_ids": packed.tokens_BS, "position_ids": packed.positions_BS}
     if packed.mask_B1SS is not None:
@@ -128,7 +129,8 @@ def differentiable_attention() -> Iterator[None]:
 
 def _agrees(parts: Split) -> bool:
     device = next(parts.body.parameters()).device
-    tokens = [1 + i % (parts.body.get_input_embeddings().num_embeddings - 1) for i in range(8)]
+    vocabulary: int = parts.body.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr,index]
+    tokens = [1 + i % (vocabulary - 1) for i in range(8)]
     probe = pack([[Sequence(tokens, 1)]], 0, device)
     with torch.no_grad(), using(parts.layers, None):
         call = enter(parts, probe)

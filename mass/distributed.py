@@ -223,7 +223,7 @@ class Outer:
                 p.copy_(value)
         if hasattr(p, "ds_id"):
             # The setters of whole values fail where a parameter does not divide by the ranks; those of parts do not.
-            size = p.ds_tensor.numel()
+            size = p.ds_tensor.numel()  # type: ignore[attr-defined]
             flat = torch.zeros(size * dist.get_world_size(), device=value.device)
             flat[: value.numel()] = value.flatten()
             own = flat[size * dist.get_rank() : size * (dist.get_rank() + 1)]

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mass import metagrad, outer, scorer
 from mass.batch import Packed, Sequence, pack
@@ -39,6 +39,7 @@ from mass.problems import Task
 from mass.prompts import Prompts
 from mass.recipe import Recipe
 from mass.rewards import Verifier
+from mass.scorer import Scorer
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Setting:
     pool: list[Task]
     verifier: Verifier
     rule: Rule
-    head: nn.Module
+    head: Scorer
 
 
 @dataclass

@@ -9,7 +9,8 @@ the hidden states) is taken at once and the vocabulary is never kept.
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from mass.batch import Packed
 from mass.blocks import Split, differentiable_attention, enter, model_inputs, of_block, run_block
@@ -19,7 +20,7 @@ from mass.lora import Adapter, Layers, using
 CHUNK = 1024
 
 
-def logits(hf: nn.Module, hidden_MD: Tensor) -> Tensor:
+def logits(hf: PreTrainedModel, hidden_MD: Tensor) -> Tensor:
     """The model's logits [M, V] of normalised hidden states, in fp32 (fp64 stays), with Gemma's soft cap."""
     out = hf.get_output_embeddings()(hidden_MD)
     out = out if out.dtype == torch.float64 else out.float()
@@ -27,7 +28,7 @@ def logits(hf: nn.Module, hidden_MD: Tensor) -> Tensor:
     return torch.tanh(out / cap) * cap if cap else out
 
 
-def check_head(hf: nn.Module) -> None:
+def check_head(hf: PreTrainedModel) -> None:
     """Raise MassError when `logits` is not how this architecture makes its logits (a scale we do not know, say)."""
     tokens = torch.arange(4, device=next(hf.parameters()).device).view(1, 4)
     with torch.no_grad():
@@ -41,7 +42,7 @@ def check_head(hf: nn.Module) -> None:
 
 
 def token_logprobs(
-    hf: nn.Module, layers: Layers, packed: Packed, adapter: Adapter | None, *, second_order: bool = False
+    hf: PreTrainedModel, layers: Layers, packed: Packed, adapter: Adapter | None, *, second_order: bool = False
 ) -> Tensor:
     """log p(target token), [M], differentiable in the adapter. `second_order`: twice, with every activation kept."""
     with using(layers, adapter):
@@ -65,7 +66,7 @@ Loss = Callable[[Tensor], Tensor]
 
 
 def loss_and_grad(
-    hf: nn.Module, layers: Layers, packed: Packed, adapter: Adapter, loss: Loss, *, parts: Split | None = None
+    hf: PreTrainedModel, layers: Layers, packed: Packed, adapter: Adapter, loss: Loss, *, parts: Split | None = None
 ) -> tuple[Tensor, Tensor, Adapter]:
     """`loss(logprob_M)` (a scalar), the log-probabilities, and the loss's gradient by the adapter.
 
@@ -83,7 +84,7 @@ def loss_and_grad(
     return value.detach(), logprob_M.detach(), dict(zip(leaf, grads, strict=True))
 
 
-def head_rows(hf: nn.Module, hidden_MD: Tensor, label_M: Tensor) -> tuple[Tensor, Tensor]:
+def head_rows(hf: PreTrainedModel, hidden_MD: Tensor, label_M: Tensor) -> tuple[Tensor, Tensor]:
     """log p(label) of each row [M] and its derivative by that row's hidden state J_MD, a chunk of logits at a time."""
     logprobs, jacobians = [], []
     for h, label in zip(hidden_MD.detach().split(CHUNK), label_M.split(CHUNK), strict=True):
@@ -100,7 +101,7 @@ class _HeadLogprob(torch.autograd.Function):
     """Head and log-softmax as one function that keeps J_MD instead of logits. Once differentiable."""
 
     @staticmethod
-    def forward(ctx, hidden_MD: Tensor, label_M: Tensor, hf: nn.Module) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx, hidden_MD: Tensor, label_M: Tensor, hf: PreTrainedModel) -> Tensor:  # type: ignore[no-untyped-def]
         if not hidden_MD.requires_grad:
             parts = zip(hidden_MD.split(CHUNK), label_M.split(CHUNK), strict=True)
             return torch.cat([pick(logits(hf, h), label) for h, label in parts])
@@ -119,13 +120,13 @@ def pick(logits_MV: Tensor, label_M: Tensor) -> Tensor:
     return logits_MV.gather(1, label_M.unsqueeze(1)).squeeze(1) - logits_MV.logsumexp(1)
 
 
-def _body(hf: nn.Module, packed: Packed) -> Tensor:
+def _body(hf: PreTrainedModel, packed: Packed) -> Tensor:
     out = hf.base_model(**model_inputs(hf, packed), use_cache=False)
     return out.last_hidden_state
 
 
 def _blockwise(
-    hf: nn.Module, parts: Split, packed: Packed, adapter: Adapter, loss: Loss
+    hf: PreTrainedModel, parts: Split, packed: Packed, adapter: Adapter, loss: Loss
 ) -> tuple[Tensor, Tensor, Adapter]:
     call = enter(parts, packed)
     adapter = {key: tensor.detach() for key, tensor in adapter.items()}

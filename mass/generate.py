@@ -1,23 +1,25 @@
 """Sampling text: one loop over the model's forward, an adapter and a random stream for each row.
 
-The prompt less its last token is run once for all rows that share it (`_prefill`); from then on every row takes one
-token a step, the last prompt token first. Rows that have ended leave the batch and waiting rows take their place.
-A row's text depends on its prompt, adapter and seed, not on the rows beside it (up to rounding: matrix products of
-other sizes round otherwise, which fp32 hardly ever and bf16 now and then shows).
+The prompt less its last token is run once for all rows that share it (`_prefill`); from then on every row
+takes one token a step, the last prompt token first. Rows that have ended leave the batch and waiting rows
+take their place. A row's text depends on its prompt, adapter and seed, not on the rows beside it (up to
+rounding: matrix products of other sizes round otherwise, which fp32 hardly ever and bf16 now and then shows).
 """
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
 from mass import lora
 from mass.errors import MassError
-from mass.kvcache import RowCache
+from mass.fastlinear import RowAdapters, packed_linears
+from mass.kvcache import RowCache, attention_over
 from mass.sampling import Cuts, pick, row_uniforms
 
 if TYPE_CHECKING:
@@ -69,18 +71,20 @@ def generate(
     stop_strings: Sequence[str] = (),
     batch_rows: int = 128,
 ) -> list[Rollout]:
-    """Continue every prompt (token ids) by at most `max_new_tokens`; one Rollout a prompt, in the prompts' order.
+    """Continue every prompt (token ids) by at most `max_new_tokens`: one Rollout a prompt, in their order.
 
-    temperature 0 is greedy; top_p, top_k and min_p cut as in `transformers` (see `mass.sampling`). Row i draws from
-    `seeds[i]` alone. `adapter` holds T adapters; row i uses adapter_index[i], by default i // (rows / T). A row ends
-    at a stop id, at a stop string in its decoded text, or at the limit. At most `batch_rows` rows run at a time.
+    temperature 0 is greedy; top_p, top_k and min_p cut as in `transformers` (see `mass.sampling`). Row i
+    draws from `seeds[i]` alone. `adapter` holds T adapters; row i uses adapter_index[i], by default i //
+    (rows / T). A row ends at a stop id, at a stop string in its decoded text, or at the limit. At most
+    `batch_rows` rows run at a time.
 
-    The model is left as it was found, after an exception and Ctrl-C too. Raises MassError for wrong arguments.
+    The model is left as it was found, after an exception and Ctrl-C too. Raises MassError for wrong
+    arguments.
     """
     cuts = Cuts(temperature, top_p, top_k, min_p)
     rows = _rows(prompts, seeds, max_new_tokens, adapter, adapter_index, batch_rows)
     stop = _Stop(lm.tokenizer, stop_ids, stop_strings)
-    with torch.no_grad(), _evaluating(lm.hf):
+    with torch.no_grad(), _evaluating(lm.hf), packed_linears(lm.hf), lora.using(lm.lora, None):
         _decode(lm, rows, seeds, max_new_tokens, cuts, adapter, stop, batch_rows)
     return [Rollout(row.tokens, row.logprobs, row.finished, stop.text(row.tokens)) for row in rows]
 
@@ -131,11 +135,11 @@ def _decode(
     batch_rows: int,
 ) -> None:
     """Fill the rows' tokens, log-probs and ends."""
-    # neighbours share a prompt and an adapter, or nearly a length
-    waiting = sorted(rows, key=lambda row: (-len(row.prompt), row.adapter, row.prompt))[::-1]
+    # the longest first; neighbours share a prompt and an adapter, or nearly a length
+    waiting = sorted(rows, key=lambda row: (len(row.prompt), row.adapter, row.prompt))
     slots = min(batch_rows, len(rows))
-    cache = RowCache(_layer_count(lm.hf), slots)
-    adapter = adapter and _cast(adapter, lm.hf)
+    cache = RowCache(_layer_count(lm.hf), slots, lm.device)
+    adapters = RowAdapters(lm.lora, adapter) if adapter else None
     live: list[_Row] = []
     uniform_BSU = row_uniforms([], max_new_tokens, cuts)
     while live or waiting:
@@ -143,15 +147,13 @@ def _decode(
         # a prefill for a few rows costs more than the empty places
         if waiting and free >= min(len(waiting), max(slots // 4, 1)):
             new = [waiting.pop() for _ in range(min(free, len(waiting)))]
-            _admit(lm.hf, lm.lora, cache, new, adapter)
+            _admit(lm, cache, new, adapter)
             live += new
             drawn = row_uniforms([seeds[row.index] for row in new], max_new_tokens, cuts)
             uniform_BSU = torch.cat([uniform_BSU, drawn])
-            chosen = _select(adapter, live)
-        cache.reserve()
-        with lora.using(lm.lora, chosen):
-            logits_BV = _step(lm.hf, cache, live)
-        cache.advance()
+            if adapters:
+                adapters.set_rows([row.adapter for row in live])
+        logits_BV = _step(lm, cache, live, adapters)
         step_B = torch.tensor([len(row.tokens) for row in live])
         uniform_BU = uniform_BSU[torch.arange(len(live)), step_B].to(logits_BV.device)
         tokens, logprobs = (tensor.tolist() for tensor in pick(logits_BV, uniform_BU, cuts))
@@ -164,30 +166,29 @@ def _decode(
             sources = cache.keep(kept)
             live = [live[i] for i in sources]
             uniform_BSU = uniform_BSU[sources]
-            chosen = _select(adapter, live)
+            if adapters:
+                adapters.set_rows([row.adapter for row in live])
 
 
-def _step(hf: nn.Module, cache: RowCache, live: Sequence[_Row]) -> Tensor:
+def _step(lm: "LanguageModel", cache: RowCache, live: Sequence[_Row], adapters: RowAdapters | None) -> Tensor:
     """One token of every row through the model; logits [B, V] for the next one."""
-    device = next(hf.parameters()).device
     tokens = [row.tokens[-1] if row.tokens else row.prompt[-1] for row in live]
-    positions = [cache.end - start for start in cache.starts]
-    mask = None if min(positions) == max(positions) else cache.mask(device)
-    out = hf(
-        input_ids=torch.tensor(tokens, device=device).unsqueeze(1),
-        position_ids=torch.tensor(positions, device=device).unsqueeze(1),
-        attention_mask=mask,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
+    cache.reserve()
+    with attention_over(lm.hf, cache), adapters.applied() if adapters else contextlib.nullcontext():
+        out = lm.hf(
+            input_ids=torch.tensor(tokens, device=cache.device).unsqueeze(1),
+            position_ids=cache.positions().unsqueeze(1),
+            past_key_values=cache,
+            use_cache=True,
+        )
+    cache.advance()
     return out.logits[:, -1]
 
 
 def _admit(
-    hf: nn.Module, layers: lora.Layers, cache: RowCache, new: Sequence[_Row], adapter: lora.Adapter | None
+    lm: "LanguageModel", cache: RowCache, new: Sequence[_Row], adapter: Mapping[str, Tensor] | None
 ) -> None:
-    """Run the new rows' prompts but for the last token, each (prompt, adapter) once, and put them into the cache."""
+    """Run the new rows' prompts less their last token, each (prompt, adapter) once, into the cache."""
     shared: dict[tuple[int, tuple[int, ...]], list[_Row]] = {}
     for row in new:
         shared.setdefault((row.adapter, row.prompt[:-1]), []).append(row)
@@ -199,40 +200,33 @@ def _admit(
         part, groups = groups[:count], groups[count:]
         prefix = None
         if width:
-            with lora.using(layers, _select(adapter, [rows[0] for rows in part])):
-                prefix = _prefill(hf, [rows[0].prompt[:-1] for rows in part])
+            index = [rows[0].adapter for rows in part]
+            chosen = adapter and lora.select(adapter, index[:1] if len(set(index)) == 1 else index)
+            with lora.using(lm.lora, chosen):
+                prefix = _prefill(lm, [rows[0].prompt[:-1] for rows in part])
         source = [i for i, rows in enumerate(part) for _ in rows]
         cache.add(prefix, source, [len(row.prompt) - 1 for rows in part for row in rows])
 
 
-def _prefill(hf: nn.Module, prompts: Sequence[Sequence[int]]) -> Cache:
-    """Keys and values of the prompts, padded on the right: no token sees the padding, so no mask is needed."""
+def _prefill(lm: "LanguageModel", prompts: Sequence[Sequence[int]]) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of the prompts, padded on the right: no token sees the padding, so no mask is needed.
+
+    For each layer two [prompts, heads, tokens, width].
+    """
     width = max(map(len, prompts))
     ids = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts])
     # without the model's configuration: every layer keeps all columns, a window is the mask's affair
     cache = Cache(layer_class_to_replicate=DynamicLayer)
     # past the head: nothing is drawn here, and the head on the last column would copy its weight once a row
-    hf.base_model(input_ids=ids.to(next(hf.parameters()).device), past_key_values=cache, use_cache=True)
-    return cache
+    lm.hf.base_model(input_ids=ids.to(lm.device), past_key_values=cache, use_cache=True)
+    return [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[union-attr,misc]
 
 
-def _select(adapter: lora.Adapter | None, rows: Sequence[_Row]) -> lora.Adapter | None:
-    """One adapter a row; a single one where all rows use the same."""
-    if adapter is None:
-        return None
-    index = [row.adapter for row in rows]
-    return lora.select(adapter, index[:1] if len(set(index)) <= 1 else index)
-
-
-def _cast(adapter: Mapping[str, Tensor], hf: nn.Module) -> lora.Adapter:
-    """The adapter in the base's type: rows beyond count are read from memory at every step."""
-    dtype = next(hf.parameters()).dtype
-    return {key: tensor.detach().to(dtype) for key, tensor in adapter.items()}
-
-
-def _layer_count(hf: nn.Module) -> int:
+def _layer_count(hf: PreTrainedModel) -> int:
     """Layers of the model. Raises MassError for those whose state is not keys and values of every token."""
     config = hf.config.get_text_config()
+    if getattr(config, "num_kv_shared_layers", 0):
+        raise MassError("generation does not know layers that share keys and values with others")
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     unknown = kinds - {"full_attention", "sliding_attention"}
     if unknown:
@@ -257,7 +251,7 @@ def _evaluating(hf: nn.Module) -> Iterator[None]:
 class _Stop:
     """Whether a row has ended; decodes only the tokens that a stop string can span, and those seldom."""
 
-    def __init__(self, tokenizer: object, stop_ids: Sequence[int], stop_strings: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Any, stop_ids: Sequence[int], stop_strings: Sequence[str]) -> None:
         if any(not string for string in stop_strings):
             raise MassError("a stop string is empty: it would end every row at once")
         self.tokenizer, self.ids, self.strings = tokenizer, frozenset(stop_ids), tuple(stop_strings)

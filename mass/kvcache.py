@@ -1,26 +1,39 @@
-"""The keys and values of rows of unlike length, in buffers that grow in chunks and lose the rows that have ended.
+"""Keys and values for decoding many rows at once, and the attention that reads them.
 
-Rows stand side by side and end in the same column: a row of n tokens fills columns [end - n, end). What lies before is
-masked. Distances between columns are distances between positions, so sliding windows hold as they are.
+A row's past has two parts. The prefix is its prompt, stored once for the group of rows that share it: their
+queries meet it in one matrix product (as in Hydragen: Juravsky et al., arXiv 2402.05099). What the row wrote
+itself is in buffers whose columns are steps: all rows write column `end`, a row that joined at column s
+leaves the ones before masked. Buffers grow in chunks and are always read whole, because products over a slice
+of a buffer are several times slower on a CPU than those over all of it.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-CHUNK = 64
+from mass.errors import MassError
+
+CHUNK = 32
+ATTENTION = "mass_rows"
 
 
 class RowLayer(CacheLayerMixin):
-    """One layer's buffers [row slots, heads, columns, head width]; the `RowCache` keeps the row and column counts."""
+    """One layer: `keys`, `values` [row slots, heads, columns, width], `prefix` two [groups, heads, tokens, width]."""
 
     is_sliding = False
 
     def __init__(self, cache: "RowCache") -> None:
         super().__init__()
         self.cache = cache
+        self.keys: Tensor = torch.empty(0)
+        self.values: Tensor = torch.empty(0)
+        self.prefix: tuple[Tensor, Tensor] | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         # zeros: masked columns are multiplied by 0, which memory as found (NaN) would survive
@@ -30,108 +43,250 @@ class RowLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write the new column of every row; the buffers' live part, as views."""
+        """Write column `end` of every row; the buffers of the rows in use, whole."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        rows, begin, end = self.cache.rows, self.cache.begin, self.cache.end
+        rows, end = self.cache.rows, self.cache.end
         self.keys[:rows, :, end : end + 1] = key_states
         self.values[:rows, :, end : end + 1] = value_states
-        return self.keys[:rows, :, begin : end + 1], self.values[:rows, :, begin : end + 1]
+        self.cache.current = self
+        return self.keys[:rows], self.values[:rows]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.cache.end - self.cache.begin + query_length, 0
+        return self.cache.capacity, 0
 
     def get_seq_length(self) -> int:
-        return self.cache.end - self.cache.begin
+        return self.cache.end
 
     def get_max_length(self) -> int:
         return -1
 
 
 class RowCache(Cache):
-    """A `transformers` cache for one new token a row. Columns [begin, end) are in use, by rows [0, rows).
+    """The rows being decoded, [0, rows). One step: `reserve()`, a forward of one token a row, `advance()`.
 
-    `starts[row]` is the row's first column. A step is: `reserve()`, one forward, `advance()`.
+    For each row `lengths` holds the tokens of its prefix, `groups` whose prefix it reads, `starts` its first
+    column.
     """
 
-    def __init__(self, layers: int, slots: int) -> None:
-        super().__init__(layers=[RowLayer(self) for _ in range(layers)])
-        self.slots, self.capacity = slots, CHUNK
-        self.rows = self.begin = self.end = 0
+    def __init__(self, layers: int, slots: int, device: torch.device | str) -> None:
+        self.row_layers = [RowLayer(self) for _ in range(layers)]
+        super().__init__(layers=list(self.row_layers))
+        self.slots, self.device = slots, torch.device(device)
+        self.rows, self.end, self.capacity, self.group_count, self.prefix_tokens = 0, 0, CHUNK, 0, 0
+        self.lengths: list[int] = []
+        self.groups: list[int] = []
         self.starts: list[int] = []
+        self.current: RowLayer | None = None
+        self._bias: dict[int | None, Tensor] = {}
+        self._table: RowTable | None = None
 
-    @property
-    def columns(self) -> int:
-        return self.end - self.begin
+    def positions(self) -> Tensor:
+        """Position of the next token of every row, int64 [rows]."""
+        return self._ints(n + self.end - start for n, start in zip(self.lengths, self.starts, strict=True))
 
     def reserve(self) -> None:
-        """Make sure that the next column exists; columns that no row uses any more are given up first."""
-        self.begin = min(self.starts)
-        if self.end == self.capacity:
-            self._move(-self.begin)
+        """Make room for the next column; columns that no row uses any more are given up first."""
+        self._bias = {}
+        if self.end < self.capacity:
+            return
+        begin = min(self.starts)
+        self.starts = [start - begin for start in self.starts]
+        self.capacity = (self.end - begin) // CHUNK * CHUNK + CHUNK
+        for layer in self.row_layers:
+            if layer.is_initialized:
+                keys, values = layer.keys, layer.values
+                layer.lazy_initialization(keys, values)
+                layer.keys[: self.rows, :, : self.end - begin] = keys[: self.rows, :, begin : self.end]
+                layer.values[: self.rows, :, : self.end - begin] = values[: self.rows, :, begin : self.end]
+        self.end -= begin
 
     def advance(self) -> None:
         """The forward has written column `end` of every row."""
         self.end += 1
 
-    def add(self, prefix: Cache | None, source: Sequence[int], lengths: Sequence[int]) -> None:
-        """New rows: new row i continues the first lengths[i] columns of row source[i] of `prefix`.
+    def add(
+        self, prefix: Sequence[tuple[Tensor, Tensor]] | None, source: Sequence[int], lengths: Sequence[int]
+    ) -> None:
+        """New rows: row i reads the first lengths[i] tokens of row source[i] of `prefix`.
 
-        `prefix` is padded on the right; it may be None where every length is 0.
+        `prefix` holds each layer's keys and values [sources, heads, tokens, width], padded on the right; it
+        is None where every length is 0, and is kept, not copied, where no row was there before.
         """
         if not self.rows:
-            self.begin = self.end = 0
-        if max(lengths) > self.end:
-            self._move(max(lengths) - self.end)
-        for length in sorted(set(lengths) - {0}):
-            assert prefix is not None
-            new = [self.rows + i for i, n in enumerate(lengths) if n == length]
-            old = [row for row, n in zip(source, lengths, strict=True) if n == length]
-            # rows of one length are mostly neighbours, and a slice is not copied twice
-            to: slice | list[int] = slice(new[0], new[-1] + 1) if new[-1] - new[0] == len(new) - 1 else new
-            for layer, other in zip(self.layers, prefix.layers, strict=True):
-                if not layer.is_initialized:
-                    layer.lazy_initialization(other.keys, other.values)
-                layer.keys[to, :, self.end - length : self.end] = other.keys[old, :, :length]
-                layer.values[to, :, self.end - length : self.end] = other.values[old, :, :length]
+            self._drop_all()
+        if prefix is not None:
+            added, _, tokens, _ = prefix[0][0].shape
+            longest = max(tokens, self.prefix_tokens)
+            for layer, (keys, values) in zip(self.row_layers, prefix, strict=True):
+                pair = (_pad(keys, longest), _pad(values, longest))
+                if layer.prefix is not None:
+                    old = (_pad(layer.prefix[0], longest), _pad(layer.prefix[1], longest))
+                    pair = (torch.cat([old[0], pair[0]]), torch.cat([old[1], pair[1]]))
+                layer.prefix = pair
+            source = [self.group_count + row for row in source]
+            self.group_count, self.prefix_tokens = self.group_count + added, longest
+        self.groups += source if prefix is not None else [0] * len(lengths)
+        self.lengths += lengths
+        self.starts += [self.end] * len(lengths)
         self.rows += len(lengths)
-        self.starts += [self.end - length for length in lengths]
+        self._table = None
 
     def keep(self, kept: Sequence[int]) -> list[int]:
-        """Drop all rows but these. The last ones move into the gaps; returns which old row each row now is."""
+        """Drop all rows but these. The last ones fill the gaps; returns which old row each row now is."""
         order = sorted(kept)
         holes = sorted(set(range(len(order))) - set(order))
         moved = order[len(order) - len(holes) :]
         if holes:
-            used = slice(min(self.starts[row] for row in moved), self.end)
-            for layer in self.layers:
-                if layer.is_initialized:
-                    layer.keys[holes, :, used] = layer.keys[moved, :, used]
-                    layer.values[holes, :, used] = layer.values[moved, :, used]
+            for layer in self.row_layers:
+                layer.keys[holes] = layer.keys[moved]
+                layer.values[holes] = layer.values[moved]
         sources = list(range(len(order)))
         for hole, row in zip(holes, moved, strict=True):
             sources[hole] = row
         self.starts = [self.starts[row] for row in sources]
+        self.lengths = [self.lengths[row] for row in sources]
+        self.groups = [self.groups[row] for row in sources]
         self.rows = len(sources)
+        self._table = None
+        used = sorted(set(self.groups))
+        if self.prefix_tokens and 0 < 2 * len(used) <= self.group_count:
+            self._keep_groups(used)
         return sources
 
-    def mask(self, device: torch.device) -> Tensor:
-        """Which columns of [begin, end] each row may see in the next step, bool [rows, columns + 1]."""
-        columns = torch.arange(self.begin, self.end + 1, device=device)
-        return columns >= torch.tensor(self.starts, device=device).unsqueeze(1)
+    def _keep_groups(self, used: Sequence[int]) -> None:
+        """Give up the prefixes that no row reads any more."""
+        longest = max(self.lengths)
+        index = self._ints(used)
+        for layer in self.row_layers:
+            if layer.prefix is not None:
+                keys, values = (tensor[:, :, :longest].index_select(0, index) for tensor in layer.prefix)
+                layer.prefix = (keys, values) if longest else None
+        self.groups = [used.index(group) for group in self.groups]
+        self.group_count, self.prefix_tokens = len(used) if longest else 0, longest
 
-    def _move(self, gap: int) -> None:
-        """Shift the columns in use by `gap`, into buffers with half a chunk or more to spare."""
-        begin, end = self.begin + gap, self.end + gap
-        if self.rows or end >= self.capacity:
-            self.capacity = ((end + CHUNK // 2) // CHUNK + 1) * CHUNK
-            for layer in self.layers:
-                if layer.is_initialized:
-                    keys, values = layer.keys, layer.values
-                    layer.lazy_initialization(keys, values)
-                    layer.keys[: self.rows, :, begin:end] = keys[: self.rows, :, self.begin : self.end]
-                    layer.values[: self.rows, :, begin:end] = values[: self.rows, :, self.begin : self.end]
-        self.begin, self.end = begin, end
-        self.starts = [start + gap for start in self.starts]
+    def _drop_all(self) -> None:
+        self.end = self.group_count = self.prefix_tokens = 0
+        for layer in self.row_layers:
+            layer.prefix = None
+
+    def table(self) -> "RowTable":
+        """How the rows lie in their groups; the same until rows come or go."""
+        if self._table is None:
+            self._table = RowTable(self.groups, self.group_count, self.device)
+        return self._table
+
+    def bias(self, window: int | None) -> Tensor:
+        """0 where a row's next token may look, else -inf: fp32 [rows, 1, 1, prefix tokens + columns]."""
+        if window not in self._bias:
+            length_B1, start_B1 = self._ints(self.lengths).unsqueeze(1), self._ints(self.starts).unsqueeze(1)
+            token_P = torch.arange(self.prefix_tokens, device=self.device)
+            column_C = torch.arange(self.capacity, device=self.device)
+            seen_BP = token_P < length_B1
+            seen_BC = (column_C >= start_B1) & (column_C <= self.end)
+            if window is not None:
+                oldest_B1 = length_B1 + self.end - start_B1 - window + 1
+                seen_BP &= token_P >= oldest_B1
+                seen_BC &= column_C - start_B1 + length_B1 >= oldest_B1
+            seen = torch.cat([seen_BP, seen_BC], 1)[:, None, None]
+            self._bias[window] = torch.zeros(seen.shape, device=self.device).masked_fill_(~seen, -torch.inf)
+        return self._bias[window]
+
+    def _ints(self, numbers: Any) -> Tensor:
+        return torch.tensor(list(numbers), dtype=torch.long, device=self.device)
+
+
+def _pad(tensor: Tensor, tokens: int) -> Tensor:
+    return F.pad(tensor, (0, 0, 0, tokens - tensor.shape[2])).contiguous()
+
+
+class RowTable:
+    """Rows [B, ...] as a rectangle of groups by members [T * N, ...] and back; short groups repeat a row."""
+
+    def __init__(self, groups: Sequence[int], count: int, device: torch.device) -> None:
+        members: list[list[int]] = [[] for _ in range(count)]
+        for row, group in enumerate(groups):
+            members[group].append(row)
+        self.count, self.width = count, max(map(len, members), default=0)
+        flat = [row for rows in members for row in (rows + [0] * self.width)[: self.width]]
+        self.regular = flat == list(range(len(groups)))
+        if not self.regular:
+            place = {row: i * self.width + j for i, rows in enumerate(members) for j, row in enumerate(rows)}
+            self.index = torch.tensor(flat, device=device)
+            self.back = torch.tensor([place[row] for row in range(len(groups))], device=device)
+
+    def group(self, tensor: Tensor) -> Tensor:
+        """[B, ...] -> [T, N, ...]."""
+        return (tensor if self.regular else tensor[self.index]).unflatten(0, (self.count, self.width))
+
+    def ungroup(self, tensor: Tensor) -> Tensor:
+        """[T, N, ...] -> [B, ...]."""
+        return tensor.flatten(0, 1) if self.regular else tensor.flatten(0, 1)[self.back]
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one new token a row over its prefix and its own columns, as `transformers` calls it.
+
+    query [B, heads, 1, width]; key and value are what `RowLayer.update` returned. Returns [B, 1, heads,
+    width].
+    """
+    cache = _cache
+    layer = cache.current if cache is not None else None
+    odd = [name for name in ("s_aux", "position_bias") if kwargs.get(name) is not None]
+    if cache is None or layer is None or key.data_ptr() != layer.keys.data_ptr() or odd:
+        why = f"it uses {', '.join(odd)}" if odd else "it changes keys after it has stored them"
+        raise MassError(f"generation does not know the attention of {type(module).__name__}: {why}")
+    rows, heads, columns, width = key.shape
+    share = query.shape[1] // heads
+    scaling = width**-0.5 if scaling is None else scaling
+    query_BHGD = query.reshape(rows, heads, share, width)
+    score = torch.bmm(query_BHGD.flatten(0, 1), key.flatten(0, 1).mT).unflatten(0, (rows, heads))
+    if layer.prefix is not None:
+        table = cache.table()
+        score = torch.cat([_over_prefix(table, query_BHGD, layer.prefix[0].mT), score], -1)
+    score = score.float().mul_(scaling)
+    if softcap is not None:
+        score = torch.tanh(score / softcap) * softcap
+    share_BHGX = torch.softmax(score.add_(cache.bias(sliding_window)), -1).to(value.dtype)
+    own_BHGC = share_BHGX[..., -columns:]
+    out = torch.bmm(own_BHGC.reshape(-1, share, columns), value.flatten(0, 1)).unflatten(0, (rows, heads))
+    if layer.prefix is not None:
+        out = out + _over_prefix(table, share_BHGX[..., :-columns], layer.prefix[1])
+    return out.reshape(rows, 1, heads * share, -1), None
+
+
+def _over_prefix(table: RowTable, left_BHGX: Tensor, right_THXY: Tensor) -> Tensor:
+    """Every row's left matrix times its group's right one, as one product a group: [B, H, G, Y]."""
+    grouped = table.group(left_BHGX).transpose(1, 2)
+    tasks, heads, members, share, _ = grouped.shape
+    out = torch.bmm(grouped.reshape(tasks * heads, members * share, -1), right_THXY.flatten(0, 1))
+    return table.ungroup(out.view(tasks, heads, members, share, -1).transpose(1, 2))
+
+
+AttentionInterface.register(ATTENTION, attend)
+_cache: RowCache | None = None
+
+
+@contextlib.contextmanager
+def attention_over(hf: PreTrainedModel, cache: RowCache) -> Iterator[None]:
+    """Within the context the model's attention is `attend` over this cache; it builds no masks then."""
+    global _cache
+    config = hf.config.get_text_config()
+    before = (config._attn_implementation, _cache)
+    try:
+        config._attn_implementation, _cache = ATTENTION, cache
+        yield
+    finally:
+        config._attn_implementation, _cache = before

@@ -18,6 +18,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from mass.errors import MassError
 
@@ -72,13 +73,13 @@ class LoraShape:
         return self.alpha / self.rank
 
 
-def attach(hf: nn.Module, shape: LoraShape) -> Layers:
+def attach(hf: PreTrainedModel, shape: LoraShape) -> Layers:
     """Put LoRA slots on the linear layers whose name ends in one of the targets; the head is never one of them.
 
     `all-linear` names every linear layer but the output head. Returns name -> layer in the model's order. Raises
     MassError when a target matches nothing. A model takes one set of slots only.
     """
-    head = hf.get_output_embeddings() if hasattr(hf, "get_output_embeddings") else None
+    head = hf.get_output_embeddings()
     linears = {name: m for name, m in hf.named_modules() if isinstance(m, nn.Linear) and m is not head}
     if any(isinstance(m, LoraLinear) for m in hf.modules()):
         raise MassError("this model already has LoRA slots: detach() them first")
@@ -101,7 +102,7 @@ def attach(hf: nn.Module, shape: LoraShape) -> Layers:
     return layers
 
 
-def detach(hf: nn.Module, layers: Layers) -> None:
+def detach(hf: PreTrainedModel, layers: Layers) -> None:
     """Undo `attach`: every linear layer is again the object that it was."""
     for name, layer in layers.items():
         setattr(hf.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], layer.base)
@@ -165,7 +166,7 @@ def save_peft(folder: Path, policy: Mapping[str, Tensor], shape: LoraShape, base
         inference_mode=True,
     )
     folder.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(folder)
+    config.save_pretrained(str(folder))
     tensors = {}
     for name in names:
         tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = policy[f"{name}.A"].detach().cpu().contiguous()
@@ -214,7 +215,7 @@ def load_peft(folder: Path, layers: Layers, device: torch.device | str = "cpu") 
         for key in file.keys():  # noqa: SIM118 (safe_open is no dict)
             name, _, kind = key.removeprefix(PEFT_PREFIX).removesuffix(".weight").rpartition(".lora_")
             adapter[f"{name}.{kind}"] = file.get_tensor(key).float()
-    wanted = {}
+    wanted: dict[str, tuple[int, int]] = {}
     for name, layer in layers.items():
         out, width = layer.weight.shape
         wanted |= {f"{name}.A": (-1, width), f"{name}.B": (out, -1)}

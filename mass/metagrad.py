@@ -21,7 +21,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from mass import optimizers
 from mass.batch import Packed
@@ -76,7 +77,7 @@ def sweep(
         ) -> tuple[Tensors, Tensors]:
             return optimizers.update(trajectory.rule, k, grad, state, adapter, lr)
 
-        _, pull = torch.func.vjp(one, step.grad, step.state, step.adapter, trajectory.lr)
+        _, pull, *_ = torch.func.vjp(one, step.grad, step.state, step.adapter, trajectory.lr)
         mu, nu, lam, lr_k = pull((lam, nu))
         lr = {key: lr[key] + lr_k[key] for key in lr}
         c_TN, curve = products(step, mu, need_init or k > first)
@@ -88,7 +89,7 @@ def sweep(
     return MetaGradient(weight_TN / n, lam if need_init else None, lr if need_lr else None)
 
 
-def reverse(hf: nn.Module, layers: Layers, packed: Packed, weight_TN: Tensor) -> Products:
+def reverse(hf: PreTrainedModel, layers: Layers, packed: Packed, weight_TN: Tensor) -> Products:
     """Reverse over reverse: keeps one step's second-order graph, recomputed."""
 
     def products(step: Step, mu: Adapter, need_hessian: bool) -> tuple[Tensor, Adapter | None]:
@@ -106,7 +107,7 @@ def reverse(hf: nn.Module, layers: Layers, packed: Packed, weight_TN: Tensor) ->
 
 
 def blockwise(
-    hf: nn.Module, parts: Split, packed: Packed, weight_TN: Tensor, *, recompute: bool = True
+    hf: PreTrainedModel, parts: Split, packed: Packed, weight_TN: Tensor, *, recompute: bool = True
 ) -> Products:
     """Reverse over forward: each block as a function of dual numbers (h, phi_l) + (dh, mu_l).
 
@@ -154,7 +155,8 @@ def blockwise(
             for i in reversed(range(len(parts.blocks))):
                 own = {key: tensor.requires_grad_() for key, tensor in of_block(parts, i, adapter).items()}
                 with torch.enable_grad():
-                    pair = tuple(x.detach().requires_grad_(i > 0) for x in kept.pop())
+                    h, dh = kept.pop()
+                    pair = (h.detach().requires_grad_(i > 0), dh.detach().requires_grad_(i > 0))
                     out = dual(call, i, pair, own, mu)
                     wanted = [*own.values(), *(pair if i > 0 else ())]
                     got = torch.autograd.grad(out, wanted, back, materialize_grads=True) if wanted else ()
@@ -167,7 +169,7 @@ def blockwise(
 
 
 def finite_difference(
-    hf: nn.Module,
+    hf: PreTrainedModel,
     layers: Layers,
     packed: Packed,
     weight_TN: Tensor,
@@ -215,12 +217,12 @@ def finite_difference(
     return products
 
 
-def _computes_in_fp64(hf: nn.Module) -> bool:
+def _computes_in_fp64(hf: PreTrainedModel) -> bool:
     return next(hf.parameters()).dtype == torch.float64
 
 
 def _head_rows_dual(
-    hf: nn.Module, hidden_MD: Tensor, tangent_MD: Tensor, label_M: Tensor, need_hessian: bool
+    hf: PreTrainedModel, hidden_MD: Tensor, tangent_MD: Tensor, label_M: Tensor, need_hessian: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Tangent of log p(label) [M]; its derivatives by the tangent (J_MD) and by the hidden state (J' dh, [M, D])."""
     tangents, first, second = [], [], []
@@ -228,7 +230,7 @@ def _head_rows_dual(
     for h, dh, label in zip(*chunks, strict=True):
         with torch.set_grad_enabled(need_hessian):
             h, dh = h.requires_grad_(need_hessian), dh.requires_grad_(need_hessian)
-            _, tangent_M = torch.func.jvp(lambda x, label=label: pick(logits(hf, x), label), (h,), (dh,))
+            _, tangent_M, *_ = torch.func.jvp(lambda x, label=label: pick(logits(hf, x), label), (h,), (dh,))
             if need_hessian:
                 by_h, by_dh = torch.autograd.grad(tangent_M.sum(), (h, dh), materialize_grads=True)
                 first.append(by_dh)

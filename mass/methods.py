@@ -44,7 +44,7 @@ from mass.choices import (
 )
 from mass.errors import MassError
 from mass.generate import Rollout
-from mass.practice import Practice, Tuned
+from mass.practice import Practice, Tuned, solve_sequence
 from mass.problems import Problem
 from mass.rewards import find_answer, vote
 
@@ -134,7 +134,7 @@ class StepLoss:
 
 @dataclass(frozen=True)
 class Tokens:
-    """`generated`: sampled for examples and answer. `trained`: tokens of the examples times the steps."""
+    """`generated`: sampled for examples and answer. `trained`: tokens of the valid examples, each whole, times K."""
 
     generated: int = 0
     trained: int = 0
@@ -223,7 +223,7 @@ def _solve(kit: Kit, problems: Seq[Problem], name: str, row: Method, baselines: 
     marks.append(time.perf_counter())
     seconds = Seconds(*[(after - before) / T for before, after in zip(marks, marks[1:], strict=False)])
 
-    tokens = [_tokens(work, t, answered[t]) for t in range(T)]
+    tokens = [_tokens(kit, work, t, answered[t]) for t in range(T)]
     base: list[Answered | None] = [None] * T
     votes: list[list[Rollout]] = [[] for _ in problems]
     if baselines:
@@ -295,15 +295,17 @@ def _unfit(kit: Kit, row: Method, problem: Problem) -> str | None:
     return error
 
 
-def _tokens(work: Work, t: int, answered: Answered) -> Tokens:
+def _tokens(kit: Kit, work: Work, t: int, answered: Answered) -> Tokens:
     generated = answered.tokens
     trained = 0
     if work.practice:
         generated += sum(len(r.tokens) for r in work.practice.rollouts[t])
     if work.practice and work.tuned:
-        # a sequence's positions count up from 0, those of padding stay 0
-        tokens = (work.practice.packed.positions_TPS[t] > 0).sum() + work.practice.valid_TN[t].sum()
-        trained = int(tokens) * len(work.tuned.trajectory.steps)
+        # each example whole: what of its prompt is shared in a packed row depends on the batch
+        shots = shots_for(kit, work.problems[t]).solve
+        valid = [e for e in work.practice.examples[t] if e.valid]
+        size = sum(len(solve_sequence(kit.prompts, e.problem, e.solution, shots).tokens) for e in valid)
+        trained = size * len(work.tuned.trajectory.steps)
     return Tokens(generated, trained)
 
 

@@ -214,7 +214,10 @@ def _row_tasks(name: str, split: str, names: dict[str, str], verifier: str) -> l
     tasks, bad = [], []
     for position, row in rows:
         try:
-            tasks.append(_task(_object(row), names, stem, verifier))
+            fields = _object(row)
+            # A recipe names the columns of its hub data set; a file of our own format put in its place has our names.
+            own = names["problem"] not in fields and "problem" in fields
+            tasks.append(_task(fields, _column_names(None) if own else names, stem, verifier))
         except ValueError as error:
             bad.append(f"{name}:{position}: {error}")
     if bad:

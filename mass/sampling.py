@@ -1,9 +1,10 @@
-"""Pick the next token of every row: greedy, temperature, top-k, top-p, min-p, from numbers drawn by the row itself.
+"""Pick the next token of every row: greedy, temperature, top-k, top-p, min-p, from numbers drawn by the row.
 
-The cuts mean what they mean in `transformers`, in its order (temperature, top-k, top-p, min-p), with one thing said
-more exactly: tokens that tie with the last one kept are kept too. No sort and no noise over the vocabulary: one
-uniform number a row goes through the inverse of the distribution function, and top-p is a rejection test (a token
-belongs to the nucleus when the tokens above it weigh less than top_p), so nearly every row needs one cheap pass.
+The cuts mean what they mean in `transformers`, in its order (temperature, top-k, top-p, min-p), with one
+thing said more exactly: tokens that tie with the last one kept are kept too. No sort and no noise over the
+vocabulary: one uniform number a row goes through the inverse of the distribution function, and top-p is a
+rejection test (a token belongs to the nucleus when the tokens above it weigh less than top_p), so a row
+rarely needs a second pass.
 
 Top-p: Holtzman et al., arXiv 1904.09751. Min-p: Nguyen et al., arXiv 2407.01082.
 """
@@ -13,14 +14,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mass.errors import MassError
 
 BLOCK = 128
 TRIES = 4
-# Rows in one pass: their fp32 weights stay in a core's cache.
-ROWS_AT_ONCE = 4
+# Logits in one pass on a CPU: their fp32 weights stay in a core's cache.
+LOGITS_AT_ONCE = 2**18
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Cuts:
 
 
 def row_uniforms(seeds: Sequence[int], tokens: int, cuts: Cuts) -> Tensor:
-    """Numbers in [0, 1) for each row and token, fp64 [rows, tokens, cuts.uniforms]; a row's depend on its seed only.
+    """Numbers in [0, 1), fp64 [rows, tokens, cuts.uniforms]; a row's depend on its seed only.
 
     A longer row begins with the numbers of a shorter one. Philox: Salmon et al., SC 2011.
     """
@@ -65,54 +67,63 @@ def pick(logits_BV: Tensor, uniform_BU: Tensor, cuts: Cuts) -> tuple[Tensor, Ten
 
     `uniform_BU` holds `cuts.uniforms` numbers a row. A row's token depends on its logits and numbers alone.
     """
-    rows = logits_BV.shape[0] if logits_BV.device.type != "cpu" else ROWS_AT_ONCE
-    picked = [
-        _pick(logits, uniform, cuts)
-        for logits, uniform in zip(logits_BV.split(rows), uniform_BU.split(rows), strict=True)
-    ]
+    rows = max(LOGITS_AT_ONCE // logits_BV.shape[1], 1) if logits_BV.device.type == "cpu" else len(logits_BV)
+    parts = zip(logits_BV.split(rows), uniform_BU.split(rows), strict=True)
+    picked = [_pick(logits, uniform, cuts) for logits, uniform in parts]
     return torch.cat([tokens for tokens, _ in picked]), torch.cat([logprobs for _, logprobs in picked])
 
 
 def _pick(logits_BV: Tensor, uniform_BU: Tensor, cuts: Cuts) -> tuple[Tensor, Tensor]:
+    short = -logits_BV.shape[1] % BLOCK
+    if short:
+        logits_BV = F.pad(logits_BV, (0, short), value=-torch.inf)
     score_BV = logits_BV.float()
-    peak_B1, best_B1 = score_BV.max(-1, keepdim=True)
+    best_BC = score_BV.unflatten(1, (-1, BLOCK)).amax(-1)
+    peak_B1 = best_BC.amax(-1, keepdim=True)
     score_BV = score_BV - peak_B1
     weight_BV = score_BV.exp()
-    log_total_B1 = weight_BV.sum(-1, keepdim=True).log_()
-    token_B1 = best_B1 if cuts.temperature == 0 else _draw_cut(score_BV, weight_BV, uniform_BU, cuts)
+    total_BC = _block_sums(weight_BV)
+    log_total_B1 = total_BC.sum(-1, keepdim=True).log()
+    if cuts.temperature == 0:
+        # in two steps, each at the speed of memory: argmax over a whole row is not
+        block_B1 = best_BC.argmax(-1, keepdim=True)
+        inner_BK = score_BV.unflatten(1, (-1, BLOCK)).take_along_dim(block_B1.unsqueeze(2), 1).squeeze(1)
+        token_B1 = block_B1 * BLOCK + inner_BK.argmax(-1, keepdim=True)
+    elif cuts == Cuts():
+        token_B1 = _draw(weight_BV, total_BC, uniform_BU)
+    else:
+        token_B1 = _draw_cut(score_BV, weight_BV, uniform_BU, cuts)
     logprob_B1 = score_BV.gather(1, token_B1) - log_total_B1
-    return token_B1.squeeze(1), logprob_B1.squeeze(1)
+    return token_B1.squeeze(1), logprob_B1.squeeze(1).float()
 
 
 def _draw_cut(score_BV: Tensor, weight_BV: Tensor, uniform_BU: Tensor, cuts: Cuts) -> Tensor:
-    """Tokens [B, 1] from scores whose largest is 0 and their exponentials; may overwrite the latter."""
+    """Tokens [B, 1] from scores whose largest is 0 and their exponentials; overwrites the latter."""
     if cuts.temperature != 1:
         torch.div(score_BV, cuts.temperature, out=weight_BV).exp_()
     if 0 < cuts.top_k < score_BV.shape[1]:
         last_B1 = score_BV.topk(cuts.top_k, dim=-1).values[:, -1:]
         weight_BV.masked_fill_(score_BV < last_B1, 0)
+    total_BC = _block_sums(weight_BV)
     # the nucleus is a share of what top-k left, before min-p
-    bound_B1 = cuts.top_p * weight_BV.sum(-1, keepdim=True)
+    bound_B1 = cuts.top_p * total_BC.sum(-1, keepdim=True)
     if cuts.min_p > 0:
         # the largest weight is 1
         weight_BV.masked_fill_(weight_BV < cuts.min_p, 0)
-    token_B1 = _draw(weight_BV, uniform_BU[:, :1])
+        total_BC = _block_sums(weight_BV)
+    token_B1 = _draw(weight_BV, total_BC, uniform_BU[:, :1])
     if cuts.top_p == 1:
         return token_B1
-    rows = _outside(score_BV, weight_BV, bound_B1, token_B1)
-    for attempt in range(1, TRIES):
-        if not len(rows):
+    left = torch.arange(len(token_B1), device=token_B1.device)
+    for attempt in range(1, TRIES + 1):
+        outside = _outside(score_BV, weight_BV, bound_B1, token_B1[left])
+        if not len(outside):
             return token_B1
-        score_BV, weight_BV, bound_B1 = score_BV[rows], weight_BV[rows], bound_B1[rows]
-        uniform_BU = uniform_BU[rows]
-        # `where` maps the rows left to rows of the answer
-        where = rows if attempt == 1 else where[rows]
-        again_B1 = _draw(weight_BV, uniform_BU[:, attempt : attempt + 1])
-        token_B1[where] = again_B1
-        rows = _outside(score_BV, weight_BV, bound_B1, again_B1)
-    if len(rows):
-        weight_BV = _nucleus(score_BV[rows], weight_BV[rows], bound_B1[rows])
-        token_B1[where[rows]] = _draw(weight_BV, uniform_BU[rows, TRIES:])
+        left, score_BV, weight_BV = left[outside], score_BV[outside], weight_BV[outside]
+        bound_B1, uniform_BU = bound_B1[outside], uniform_BU[outside]
+        if attempt == TRIES:
+            weight_BV = _nucleus(score_BV, weight_BV, bound_B1)
+        token_B1[left] = _draw(weight_BV, _block_sums(weight_BV), uniform_BU[:, attempt : attempt + 1])
     return token_B1
 
 
@@ -131,21 +142,21 @@ def _nucleus(score_BV: Tensor, weight_BV: Tensor, bound_B1: Tensor) -> Tensor:
     return weight_BV.masked_fill(score_BV < last_B1, 0)
 
 
-def _draw(weight_BV: Tensor, uniform_B1: Tensor) -> Tensor:
-    """Token [B, 1] with probability weight / sum of the row's weights: first the block of 128 tokens, then the token."""
-    short = -weight_BV.shape[1] % BLOCK
-    if short:
-        weight_BV = torch.nn.functional.pad(weight_BV, (0, short))
-    block_BCK = weight_BV.unflatten(1, (-1, BLOCK))
-    total_BC = block_BCK.sum(-1).double()
+def _block_sums(weight_BV: Tensor) -> Tensor:
+    """The weights of each block of tokens, fp64 [B, blocks]."""
+    return weight_BV.unflatten(1, (-1, BLOCK)).sum(-1).double()
+
+
+def _draw(weight_BV: Tensor, total_BC: Tensor, uniform_B1: Tensor) -> Tensor:
+    """Token [B, 1] with probability weight / sum of the row's: first its block, then the token in it."""
     block_B1, rest_B1 = _invert(total_BC, uniform_B1)
-    inner_BK = block_BCK.take_along_dim(block_B1.unsqueeze(2), 1).squeeze(1).double()
-    inner_B1, _ = _invert(inner_BK, rest_B1)
+    inner_BK = weight_BV.unflatten(1, (-1, BLOCK)).take_along_dim(block_B1.unsqueeze(2), 1).squeeze(1)
+    inner_B1, _ = _invert(inner_BK.double(), rest_B1)
     return block_B1 * BLOCK + inner_B1
 
 
 def _invert(weight_BC: Tensor, uniform_B1: Tensor) -> tuple[Tensor, Tensor]:
-    """(index [B, 1] of the first entry whose running sum exceeds uniform * total, the uniform number left within it)."""
+    """First entry [B, 1] whose running sum exceeds uniform * total, and the uniform number left within it."""
     sum_BC = weight_BC.cumsum(-1)
     # below 1 by more than the rounding of the product, or the search could run past the last entry
     target_B1 = uniform_B1.clamp(max=1 - 2.0**-48) * sum_BC[:, -1:]

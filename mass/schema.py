@@ -78,7 +78,7 @@ class Problems:
         None, "share of each source in size; null = files whole, gyms alike", ge=0
     )
     gym: dict[str, dict[str, Any]] = _key({}, "settings of reasoning-gym families: {NAME: {setting: value}}")
-    columns: Columns = _group(Columns, "columns of a data set")
+    columns: Columns = _group(Columns, "columns of a data set; rows with a key problem but not this one have the defaults")
     split: str = _key("train", "split of a hub data set to train on; a slice like train[:1000] will do")
     heldout_split: str = _key("test", "split of a hub data set to hold out")
     verifier: Literal["auto", "exact", "numeric", "math", "gym"] = _key("auto", "how an answer is checked")

@@ -10,6 +10,7 @@ from collections.abc import Sequence as Seq
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from mass.batch import Packed
 from mass.blocks import Split, enter, model_inputs, run_block
@@ -31,8 +32,8 @@ class Scorer(nn.Module):
             nn.Linear(hidden, 1),
         )
         # All scores start equal: the first credits are taken under uniform weights, where they are cleanest.
-        nn.init.zeros_(self.net[-1].weight)
-        nn.init.zeros_(self.net[-1].bias)
+        for tensor in self.net[-1].parameters():
+            nn.init.zeros_(tensor)
 
     def forward(self, task_TF: Tensor, example_TNF: Tensor) -> Tensor:
         """Scores [T, N], fp32."""
@@ -45,7 +46,7 @@ class Scorer(nn.Module):
 
 
 def features(
-    hf: nn.Module, layers: Layers, parts: Split | None, packed: Packed, depths: Seq[float]
+    hf: PreTrainedModel, layers: Layers, parts: Split | None, packed: Packed, depths: Seq[float]
 ) -> Tensor:
     """Mean hidden state over each sequence's target tokens at the given depths (0..1 of the blocks), [T, N, F], fp32.
 

@@ -208,9 +208,9 @@ def _outer(recipe: Recipe, setting: Setting, world: World) -> Outer:
     generator = torch.Generator().manual_seed(recipe.run.seed)
     policy = lora.fresh(setting.lm.lora, recipe.lora.rank, generator)
     names = {episode.rate_name(setting, key) for key in policy} if recipe.inner.learned_lr != "no" else set()
-    groups = {
+    groups: dict[str, dict[str, Tensor]] = {
         "policy": policy,
-        "scorer": dict(setting.head.named_parameters()),
+        "scorer": {key: p.detach() for key, p in setting.head.named_parameters()},
         "inner_lr": {name: torch.tensor([math.log(recipe.inner.lr)]) for name in sorted(names)},
     }
     o = recipe.outer

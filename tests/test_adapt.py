@@ -8,7 +8,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +23,7 @@ from mass.adapt import adapt_problems, as_json, build_kit, main, plan
 from mass.checkpoint import Contents, open_run
 from mass.errors import MassError
 from mass.lora import LoraShape, attach, fresh
-from mass.methods import Made, Record, Seconds, StepLoss, Tokens
+from mass.methods import METHODS, Made, Record, Seconds, StepLoss, Tokens
 from mass.model import load
 from mass.problems import BadLine, Problem
 from mass.scorer import Scorer
@@ -260,7 +260,9 @@ def test_standard_input(run: Path, command: Command, monkeypatch: pytest.MonkeyP
 
 def test_errors_are_one_sentence_and_exit_2(run: Path, command: Command, tmp_path: Path) -> None:
     empty, no_recipe, exists = tmp_path / "empty.jsonl", tmp_path / "folder", tmp_path / "out"
-    empty.touch(), exists.touch(), no_recipe.mkdir()
+    empty.touch()
+    exists.touch()
+    no_recipe.mkdir()
     here, one = ["--run", str(run)], ["--problem", "x"]
     cases = [
         (["--run", "no/such", *one], "--run no/such: there is no such folder"),
@@ -352,3 +354,15 @@ def test_human_view_is_the_default(run: Path, command: Command) -> None:
     said = command("--run", str(run), "--problem", "What is 4 + 3?", "generate.examples=3")
     assert said.code == 0 and said.out.startswith("What is 4 + 3?") and "\x1b" not in said.out
     assert "answer before (none stated), by vote of " in said.out and said.err == ""
+
+
+def test_page_names_every_method_option_and_field() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "test-time.md").read_text(encoding="utf-8")
+    named = [*METHODS, *FIELDS, *(f.name for x in (Made, StepLoss, Tokens, Seconds) for f in fields(x))]
+    assert not [name for name in named if f"`{name}`" not in page]
+    options = [option for action in adapt._parser()._actions for option in action.option_strings]
+    assert not [
+        option
+        for option in options
+        if option not in (*page.split(), "-h", "--help") and f"`{option}" not in page
+    ]

@@ -28,7 +28,7 @@ PROBLEMS = [
     Problem("b", "Name the colour of snow."),
     Problem("c", "2, 4, 6, ?"),
 ]
-GOOD = {
+GOOD: dict[str, list[Any]] = {
     "a": [
         ("What is 1 + 2?", "1 + 2 = 3\nAnswer: 3"),
         ("What is 5 + 5?", "Answer: 10"),
@@ -154,8 +154,7 @@ def test_update_lowers_the_inner_loss_step_by_step(kit: Kit) -> None:
     first, second = record.steps
     assert first.before > first.after == second.before > second.after
     sequences = [
-        kit.prompts.solve(problem) + kit.prompts.solution(solution)
-        for problem, solution in GOOD["a"]  # type: ignore[misc]
+        kit.prompts.solve(problem) + kit.prompts.solution(solution) for problem, solution in GOOD["a"]
     ]
     assert record.tokens.trained == 2 * sum(map(len, sequences))
     greedy = solve(kit, PROBLEMS[:1], "none")[0]
@@ -217,7 +216,7 @@ def test_without_a_valid_example_the_answer_is_the_base_answer_and_says_so(kit: 
 
 @pytest.mark.usefixtures("handmade")
 def test_problem_without_valid_examples_beside_others(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(GOOD, "b", [None, None, None])  # type: ignore[list-item]
+    monkeypatch.setitem(GOOD, "b", [None, None, None])
     records = solve(kit, PROBLEMS, "mass")
     assert (
         records[1].solution == records[1].base_solution
@@ -295,7 +294,12 @@ def test_first_finish_takes_the_shortest_and_pick_the_best_scored(
     kit: Kit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def sample(kit: Kit, problems: Any, which: Sequence[Sequence[int]]) -> list[list[Rollout]]:
-        own = [([1] * 8, False, "xx"), ([1] * 5, True, "yy"), ([1] * 3, True, ""), ([1] * 4, True, "zz")]
+        own: list[Any] = [
+            ([1] * 8, False, "xx"),
+            ([1] * 5, True, "yy"),
+            ([1] * 3, True, ""),
+            ([1] * 4, True, "zz"),
+        ]
         return [[Rollout(tokens, [-1.0] * len(tokens), *rest) for tokens, *rest in own] for _ in problems]
 
     monkeypatch.setattr(choices, "sample", sample)
@@ -369,7 +373,7 @@ def test_in_context_shows_the_best_examples_as_far_as_they_fit(
     # best last, next to the problem
     assert seen == [[[GOOD["a"][2], GOOD["a"][1]]]] and record.steps == ()
     kit = replace(kit, prompts=replace(kit.prompts, generate_instruction=""))
-    length = len(kit.prompts.solve(PROBLEMS[0].text, [GOOD["a"][1]])) + kit.answering.max_new_tokens  # type: ignore[list-item]
+    length = len(kit.prompts.solve(PROBLEMS[0].text, [GOOD["a"][1]])) + kit.answering.max_new_tokens
     monkeypatch.setattr(choices, "context_length", lambda _: length)
     solve(kit, PROBLEMS[:1], "in-context", baselines=False)
     assert seen[1] == [[GOOD["a"][1]]]

@@ -1,0 +1,368 @@
+"""Generated text against `transformers`' own, alone and in company; the model afterwards."""
+
+import contextlib
+import gc
+import random
+import types
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from mass import lora
+from mass.errors import MassError
+from mass.generate import Rollout, generate
+
+VOCABULARY = 300
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+MODELS = {
+    "llama": (LlamaForCausalLM, LlamaConfig, {}),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {}),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {}),
+    "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": 9}),
+    "gemma2": (Gemma2ForCausalLM, Gemma2Config, {"sliding_window": 9, "attn_implementation": "eager"}),
+    "gemma3": (
+        Gemma3ForCausalLM,
+        Gemma3TextConfig,
+        {
+            "sliding_window": 9,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "query_pre_attn_scalar": 16,
+        },
+    ),
+}
+
+
+class Letters:
+    """A tokenizer that only decodes: token i is the character chr(32 + i), 0 to 2 are special."""
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False, **_: object) -> str:
+        return "".join(chr(32 + i) for i in ids if not (skip_special_tokens and i < 3))
+
+
+def build(kind: str = "llama", dtype: torch.dtype = torch.float32) -> Any:
+    """A tiny model with random weights whose greedy text does not settle on one token."""
+    cls, config, more = MODELS[kind]
+    torch.manual_seed(0)
+    hf = cls(config(**SIZES, **more)).to(dtype).eval().requires_grad_(False)
+    for name, parameter in hf.named_parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(0, 0.3)
+        elif "norm" in name:
+            parameter.add_(0.5 * torch.randn_like(parameter))
+    # or a tied head names the token that came in
+    with torch.no_grad():
+        hf.lm_head.weight = torch.nn.Parameter(torch.randn(VOCABULARY, 64).to(dtype), requires_grad=False)
+    layers = lora.attach(hf, lora.LoraShape(4, 8, ("all-linear",)))
+    return types.SimpleNamespace(hf=hf, tokenizer=Letters(), lora=layers, device=torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    return build()
+
+
+def some_prompts(count: int, longest: int = 24, seed: int = 0) -> list[list[int]]:
+    draw = random.Random(seed)
+    return [[draw.randrange(3, VOCABULARY) for _ in range(draw.randint(1, longest))] for _ in range(count)]
+
+
+def some_adapters(lm: Any, count: int, rank: int = 4) -> lora.Adapter:
+    generator = torch.Generator().manual_seed(7)
+    one = [lora.fresh(lm.lora, rank, generator) for _ in range(count)]
+    return {
+        key: torch.stack([torch.randn(a[key].shape, generator=generator) * 0.2 for a in one])
+        for key in one[0]
+    }
+
+
+def reference(lm: Any, prompt: Sequence[int], new: int) -> list[int]:
+    out = lm.hf.generate(torch.tensor([prompt]), max_new_tokens=new, do_sample=False)
+    return out[0, len(prompt) :].tolist()
+
+
+def tokens(rollouts: Sequence[Rollout]) -> list[list[int]]:
+    return [rollout.tokens for rollout in rollouts]
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_greedy_is_hugging_face_s_token_by_token(kind: str) -> None:
+    lm = build(kind)
+    prompts = some_prompts(64 if kind in ("llama", "gemma3") else 16)
+    seeds = [0] * len(prompts)
+    want = [reference(lm, prompt, 20) for prompt in prompts]
+    assert sum(len(set(row)) > 5 for row in want) > len(want) // 2
+    settings: dict[str, Any] = {"max_new_tokens": 20, "temperature": 0.0}
+    assert tokens(generate(lm, prompts, seeds=seeds, **settings)) == want
+    # few places: rows join while others are under way
+    assert tokens(generate(lm, prompts, seeds=seeds, batch_rows=5, **settings)) == want
+    for prompt, row in zip(prompts[:6], want, strict=False):
+        assert tokens(generate(lm, [prompt], seeds=[0], **settings)) == [row]
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3"])
+def test_greedy_with_adapters_is_hugging_face_s(kind: str) -> None:
+    lm = build(kind)
+    adapters = some_adapters(lm, 3)
+    prompts = some_prompts(18)
+    draw = random.Random(1)
+    index = [draw.randrange(3) for _ in prompts]
+    want = []
+    for prompt, which in zip(prompts, index, strict=True):
+        with lora.using(lm.lora, lora.select(adapters, [which])):
+            want.append(reference(lm, prompt, 12))
+    settings: dict[str, Any] = {"seeds": [0] * 18, "max_new_tokens": 12, "temperature": 0.0}
+    base = tokens(generate(lm, prompts, **settings))
+    got = tokens(generate(lm, prompts, adapter=adapters, adapter_index=index, **settings))
+    assert got == want != base
+    assert (
+        tokens(generate(lm, prompts, adapter=adapters, adapter_index=index, batch_rows=4, **settings)) == want
+    )
+    # without an index: the first third uses the first adapter, and so on
+    parts = tokens(generate(lm, prompts, adapter=adapters, **settings))
+    assert parts == tokens(
+        generate(lm, prompts, adapter=adapters, adapter_index=[i // 6 for i in range(18)], **settings)
+    )
+
+
+def test_the_base_model_answers_where_a_slot_is_full(llama: Any) -> None:
+    settings: dict[str, Any] = {"seeds": [0], "max_new_tokens": 8, "temperature": 0.0}
+    want = tokens(generate(llama, [[5, 6]], **settings))
+    with lora.using(llama.lora, some_adapters(llama, 1)):
+        assert tokens(generate(llama, [[5, 6]], **settings)) == want
+
+
+@pytest.mark.parametrize(
+    "cut", [{}, {"temperature": 0.7, "top_p": 0.8}, {"top_k": 20, "min_p": 0.05}], ids=str
+)
+def test_a_row_s_text_depends_on_its_seed_only(llama: Any, cut: dict[str, Any]) -> None:
+    prompts = [prompt for prompt in some_prompts(6) for _ in range(4)]
+    seeds = [100 + i for i in range(24)]
+    settings: dict[str, Any] = {"max_new_tokens": 15, "stop_ids": [40, 41, 42], **cut}
+    want = generate(llama, prompts, seeds=seeds, **settings)
+    assert len({tuple(row.tokens) for row in want}) > 20
+    order = random.Random(0).sample(range(24), 24)
+    shuffled = generate(
+        llama, [prompts[i] for i in order], seeds=[seeds[i] for i in order], batch_rows=7, **settings
+    )
+    assert tokens(shuffled) == [want[i].tokens for i in order]
+    for i in (0, 9, 23):
+        alone = generate(llama, [prompts[i]], seeds=[seeds[i]], **settings)[0]
+        assert alone.tokens == want[i].tokens
+        assert alone.logprobs == pytest.approx(want[i].logprobs, abs=1e-4)
+
+
+def test_one_seed_gives_one_text_and_prompts_that_share_a_prefill_do_not_mix(llama: Any) -> None:
+    prompts = [[7, 8, 9], [7, 8, 10], [7, 8, 9], [9]]
+    rows = generate(llama, prompts, seeds=[1, 1, 1, 1], max_new_tokens=10)
+    assert rows[0] == rows[2]
+    assert rows[0].tokens != rows[1].tokens
+
+
+@pytest.mark.parametrize("with_adapters", [False, True])
+def test_logprobs_are_those_of_a_full_forward(llama: Any, with_adapters: bool) -> None:
+    adapters = some_adapters(llama, 2) if with_adapters else None
+    prompts = some_prompts(8, seed=4)
+    rows = generate(
+        llama, prompts, seeds=range(8), max_new_tokens=12, temperature=0.5, top_k=30, adapter=adapters
+    )
+    for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
+        using = lora.select(adapters, [i // 4]) if adapters else None
+        with torch.no_grad(), lora.using(llama.lora, using):
+            logits = llama.hf(torch.tensor([prompt + row.tokens])).logits[0, len(prompt) - 1 : -1]
+        want = logits.log_softmax(-1).gather(1, torch.tensor(row.tokens).unsqueeze(1)).squeeze(1)
+        torch.testing.assert_close(torch.tensor(row.logprobs), want, atol=2e-4, rtol=1e-4)
+
+
+def test_stop_ids_end_a_row_and_leave_no_trace_in_its_text(llama: Any) -> None:
+    free = generate(llama, [[5, 6, 7]], seeds=[3], max_new_tokens=20)[0]
+    assert not free.finished
+    assert free.text == Letters().decode(free.tokens, skip_special_tokens=True)
+    stop = free.tokens[9]
+    row = generate(llama, [[5, 6, 7]], seeds=[3], max_new_tokens=20, stop_ids=[stop])[0]
+    first = free.tokens.index(stop)
+    assert row.finished
+    assert row.tokens == free.tokens[: first + 1]
+    assert row.text == Letters().decode(free.tokens[:first], skip_special_tokens=True)
+
+
+def test_stop_strings_end_a_row_at_the_token_that_completes_them(llama: Any) -> None:
+    free = generate(llama, [[5, 6, 7]], seeds=[3], max_new_tokens=20)[0]
+    # no special token among those that the string is made of
+    assert min(free.tokens[:9]) > 2
+    string = free.text[6:9]
+    row = generate(llama, [[5, 6, 7]], seeds=[3], max_new_tokens=20, stop_strings=["not in it", string])[0]
+    assert row.finished
+    assert row.tokens == free.tokens[:9]
+    assert row.text == free.text[:6]
+    at_the_limit = generate(llama, [[5, 6, 7]], seeds=[3], max_new_tokens=9, stop_strings=[string])[0]
+    assert at_the_limit.finished
+
+
+def test_stop_strings_across_and_inside_tokens() -> None:
+    from mass.generate import _Stop
+
+    words = [" the", "\n", "\nEnd", " of.", "", "Prob", "lem:", "�", " Problem: x"]
+    tokenizer = types.SimpleNamespace(decode=lambda ids, **_: "".join(words[i] for i in ids))
+    stop = _Stop(tokenizer, [4], ["\nEnd of", "Problem:"])
+    assert stop.ends([0, 4])
+    assert stop.ends([0, 2, 3])
+    assert stop.ends([1, 5, 6])
+    assert stop.ends([8])
+    assert not stop.ends([2, 0])
+    assert not stop.ends([5, 0, 6])
+    assert stop.text([0, 2, 3]) == " the"
+    assert stop.text([0, 8]) == " the "
+    assert stop.text([0, 0, 4]) == " the the"
+
+
+def test_rows_that_leave_do_not_change_the_others(llama: Any) -> None:
+    prompts = some_prompts(30, seed=9)
+    settings: dict[str, Any] = {"seeds": range(30), "max_new_tokens": 40}
+    free = generate(llama, prompts, **settings)
+    stops = list(range(20, 30))
+    rows = generate(llama, prompts, stop_ids=stops, **settings)
+    assert 5 < sum(row.finished for row in rows) < 30
+    for row, whole in zip(rows, free, strict=True):
+        assert row.tokens == whole.tokens[: len(row.tokens)]
+        assert row.finished or len(row.tokens) == 40
+
+
+def test_long_rows_outgrow_the_buffers(llama: Any) -> None:
+    prompts = some_prompts(9, seed=2)
+    want = [reference(llama, prompt, 75) for prompt in prompts]
+    for batch_rows in (9, 2):
+        rows = generate(
+            llama, prompts, seeds=[0] * 9, max_new_tokens=75, temperature=0.0, batch_rows=batch_rows
+        )
+        assert tokens(rows) == want
+
+
+@contextlib.contextmanager
+def interrupted(hf: torch.nn.Module, after: int) -> Iterator[None]:
+    """Ctrl-C in the middle of the second layer, some steps in."""
+    calls = 0
+
+    def hook(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > after:
+            raise KeyboardInterrupt
+
+    handle = hf.model.layers[1].mlp.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("after", [0, 5])
+def test_control_c_leaves_the_model_as_it_was(dtype: torch.dtype, after: int) -> None:
+    lm = build(dtype=dtype)
+    lm.hf.model.layers[0].train()
+    ids = torch.tensor([some_prompts(1)[0]])
+    before = lm.hf(ids).logits
+    attention = lm.hf.config._attn_implementation
+    adapters = some_adapters(lm, 2)
+    held = lora.select(adapters, [1])
+    with lora.using(lm.lora, held):
+        slot = next(iter(lm.lora.values())).slot
+        with interrupted(lm.hf, after), pytest.raises(KeyboardInterrupt):
+            generate(lm, [[5, 6, 7], [8, 9]], seeds=[1, 2], max_new_tokens=20, adapter=adapters)
+        assert next(iter(lm.lora.values())).slot is slot
+    assert lm.hf.model.layers[0].training
+    assert not lm.hf.model.layers[1].training
+    assert lm.hf.config._attn_implementation == attention
+    assert not [m for m in lm.hf.modules() if "forward" in m.__dict__]
+    assert torch.equal(lm.hf(ids).logits, before)
+    assert torch.is_grad_enabled()
+
+
+def test_bf16_follows_its_own_full_forward() -> None:
+    lm = build(dtype=torch.bfloat16)
+    rows = generate(lm, some_prompts(12), seeds=range(12), max_new_tokens=10, adapter=some_adapters(lm, 1))
+    with torch.no_grad(), lora.using(lm.lora, some_adapters(lm, 1)):
+        for prompt, row in zip(some_prompts(12), rows, strict=True):
+            logits = lm.hf(torch.tensor([prompt + row.tokens])).logits[0, len(prompt) - 1 : -1].float()
+            want = logits.log_softmax(-1).gather(1, torch.tensor(row.tokens).unsqueeze(1)).squeeze(1)
+            assert (torch.tensor(row.logprobs) - want).abs().mean() < 0.2
+
+
+def test_packed_weights_follow_a_weight_that_changes() -> None:
+    lm = build(dtype=torch.bfloat16)
+    settings: dict[str, Any] = {"seeds": [0], "max_new_tokens": 6, "temperature": 0.0}
+    first = tokens(generate(lm, [[5, 6, 7]], **settings))
+    lm.hf.lm_head.weight.copy_(lm.hf.lm_head.weight.roll(1, 0))
+    assert tokens(generate(lm, [[5, 6, 7]], **settings)) != first
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"prompts": [[]]}, "prompt 0 is empty"),
+        ({"seeds": [1, 2]}, "1 prompts but 2 seeds"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"stop_strings": [""]}, "stop string is empty"),
+        ({"adapter_index": [1]}, "adapter_index"),
+    ],
+)
+def test_wrong_arguments_are_named(llama: Any, wrong: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {"prompts": [[5]], "seeds": [1], "max_new_tokens": 3, **wrong}
+    with pytest.raises(MassError, match=message):
+        generate(llama, arguments.pop("prompts"), **arguments)
+
+
+def test_no_prompts_give_no_rollouts(llama: Any) -> None:
+    assert generate(llama, [], seeds=[], max_new_tokens=3) == []
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_over_many_batches(llama: Any) -> None:
+    def batch(seed: int) -> None:
+        generate(
+            llama,
+            some_prompts(6, seed=seed),
+            seeds=range(6),
+            max_new_tokens=8,
+            adapter=some_adapters(llama, 2),
+        )
+
+    def held() -> int:
+        gc.collect()
+        return sum(1 for thing in gc.get_objects() if isinstance(thing, torch.Tensor))
+
+    for seed in range(5):
+        batch(seed)
+    before = held()
+    for seed in range(100):
+        batch(seed)
+    assert held() <= before

@@ -1,0 +1,376 @@
+"""Small worlds for the tests of the derivative core: a tiny model, ragged examples, and slow but plain references.
+
+The references share nothing with `mass` but the LoRA layers: examples stand one to a row (no packing), losses come from
+the model's own logits through F.cross_entropy, optimizers are written out again, and all K steps are unrolled in one graph.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+from tiny import ExactRMSNorm, tiny
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import PreTrainedModel
+
+from mass import blocks, forward, inner, lora, metagrad, model, scorer
+from mass.batch import Packed, Sequence, pack
+from mass.lora import Adapter, Layers, LoraShape
+from mass.metagrad import MetaGradient, Products
+from mass.optimizers import Rule
+
+# name -> (architecture of mass.model.tiny, changes). Sliding windows are shorter than the sequences.
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama tied": ("llama", {"tie_word_embeddings": True}),
+    "qwen2": ("qwen2", {}),
+    "qwen2 untied": ("qwen2", {"tie_word_embeddings": False}),
+    "qwen3": ("qwen3", {}),
+    "qwen3 untied": ("qwen3", {"tie_word_embeddings": False}),
+    "gemma3": ("gemma3", {"sliding_window": 4}),
+    "gemma3 untied, soft cap": (
+        "gemma3",
+        {"sliding_window": 4, "tie_word_embeddings": False, "final_logit_softcapping": 3.0},
+    ),
+    "mistral": ("mistral", {"sliding_window": 4}),
+    "mistral tied, full attention": ("mistral", {"tie_word_embeddings": True}),
+    "gpt_neox": ("gpt_neox", {}),
+    "gpt_neox tied": ("gpt_neox", {"tie_word_embeddings": True}),
+}
+SMALL = {"hidden_size": 32, "intermediate_size": 48}
+
+# name -> (inner optimizer, learning rate)
+RULES: dict[str, tuple[Rule, float]] = {
+    "sgd": (Rule("sgd"), 0.3),
+    "momentum": (Rule("sgd", momentum=0.9, clip=0.3), 0.3),
+    "adam": (Rule("adam", eps_root=1e-6), 0.02),
+}
+ENGINES = ("reverse", "blockwise", "blockwise keep", "central", "one-sided")
+EXACT = ENGINES[:3]
+STEPS = (1, 2, 5)
+
+
+@dataclass(frozen=True)
+class World:
+    """A model with adapters in its slots, N ragged examples of each of T tasks, one outer sequence of each."""
+
+    hf: PreTrainedModel
+    layers: Layers
+    parts: blocks.Split
+    examples: list[list[Sequence | None]]
+    targets: list[list[Sequence | None]]
+    packed: Packed
+    outer: Packed
+    score_TN: Tensor
+    start: Adapter
+
+    @property
+    def valid_TN(self) -> Tensor:
+        return self.packed.count_TN > 0
+
+    @property
+    def weight_TN(self) -> Tensor:
+        return scorer.weights(self.score_TN, self.valid_TN, 1.0)
+
+    def task(self, t: int) -> "World":
+        """The world of task t alone."""
+        return with_examples(
+            replace(self, score_TN=self.score_TN[t : t + 1], start=lora.select(self.start, [t])),
+            [self.examples[t]],
+            [self.targets[t]],
+        )
+
+
+def with_examples(
+    world: World, examples: list[list[Sequence | None]], targets: list[list[Sequence | None]]
+) -> World:
+    return replace(
+        world, examples=examples, targets=targets, packed=pack(examples, 0), outer=pack(targets, 0)
+    )
+
+
+def sequences(
+    generator: torch.Generator, count: int, low: int, high: int, prompt: int, vocabulary: int = 259
+) -> list[Sequence | None]:
+    def one() -> Sequence:
+        length = int(torch.randint(low, high, (), generator=generator))
+        return Sequence(torch.randint(3, vocabulary, (length,), generator=generator).tolist(), prompt)
+
+    return [one() for _ in range(count)]
+
+
+def populate(hf: PreTrainedModel, tasks: int, dtype: torch.dtype, seed: int = 0, rank: int = 2) -> World:
+    """Slots, adapters that differ from task to task (B not zero), examples: the last one of the last task is absent."""
+    g = torch.Generator().manual_seed(seed)
+    layers = lora.attach(hf, LoraShape(rank, 2.0 * rank, ("all-linear",)))
+    start = lora.expand(lora.fresh(layers, rank, g, torch.float64), tasks)
+    for key, tensor in start.items():
+        tensor += torch.randn(tensor.shape, generator=g, dtype=torch.float64) * (
+            0.02 if key.endswith("A") else 0.1
+        )
+    # the same numbers in every dtype
+    start = {key: tensor.bfloat16().to(dtype) for key, tensor in start.items()}
+    examples = [sequences(g, 3, 6, 14, 3) for _ in range(tasks)]
+    examples[-1][-1] = None
+    targets = [sequences(g, 1, 9, 10, 4) for _ in range(tasks)]
+    score = torch.randn(tasks, 3, generator=g, dtype=torch.float64).bfloat16().to(dtype)
+    return World(
+        hf,
+        layers,
+        blocks.split(hf, layers),
+        examples,
+        targets,
+        pack(examples, 0),
+        pack(targets, 0),
+        score,
+        start,
+    )
+
+
+def make(name: str = "llama", tasks: int = 2, **changes: Any) -> World:
+    """A world in pure float64: every norm computes in float64 too."""
+    architecture, own = ARCHITECTURES[name]
+    return populate(tiny(architecture, torch.float64, **(SMALL | own | changes))[0], tasks, torch.float64)
+
+
+def make_huggingface(name: str, dtype: torch.dtype, tasks: int = 2) -> World:
+    """A world whose model is as Hugging Face writes it (RMS norms compute in fp32), adapters in at least fp32."""
+    architecture, own = ARCHITECTURES[name]
+    hf = model.tiny(architecture, dtype=dtype, **(SMALL | own))[0].eval().requires_grad_(False)
+    return populate(hf, tasks, torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+def in_float64(world: World) -> World:
+    """The same world, weights rounded as they are, computed in pure float64 throughout: the truth for lower precision."""
+    import copy
+
+    lora.detach(world.hf, world.layers)
+    hf = copy.deepcopy(world.hf).double()
+    again = lora.attach(world.hf, LoraShape(2, 4.0, ("all-linear",)))
+    world.layers.update(again)
+    for name, module in list(hf.named_modules()):
+        if type(module).__name__.endswith("RMSNorm"):
+            shift = 1.0 if type(module).__name__.startswith("Gemma") else 0.0
+            eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
+            hf.set_submodule(name, ExactRMSNorm(module.weight, shift, eps))
+    twin = populate(hf.eval().requires_grad_(False), len(world.examples), torch.float64)
+    return replace(twin, score_TN=world.score_TN.double())
+
+
+@cache
+def shared() -> World:
+    """The float64 Llama world that most tests look at. Nobody changes it."""
+    return make()
+
+
+# ---- the way of mass
+
+
+def rates(world: World, lr: float) -> dict[str, Tensor]:
+    return {key: torch.tensor(lr, dtype=x.dtype) for key, x in world.start.items()}
+
+
+def gradient(world: World, weight_TN: Tensor, parts: blocks.Split | None = None) -> inner.Gradient:
+    def one(adapter: Adapter) -> tuple[Tensor, Adapter]:
+        def loss(logprob_M: Tensor) -> Tensor:
+            return (weight_TN * forward.example_loss(world.packed, logprob_M)).sum() / weight_TN.shape[1]
+
+        _, logprob_M, grad = forward.loss_and_grad(
+            world.hf, world.layers, world.packed, adapter, loss, parts=parts
+        )
+        return forward.example_loss(world.packed, logprob_M), grad
+
+    return one
+
+
+def products(world: World, engine: str, weight_TN: Tensor) -> Products:
+    hf, layers, parts, packed = world.hf, world.layers, world.parts, world.packed
+    return {
+        "reverse": lambda: metagrad.reverse(hf, layers, packed, weight_TN),
+        "blockwise": lambda: metagrad.blockwise(hf, parts, packed, weight_TN),
+        "blockwise keep": lambda: metagrad.blockwise(hf, parts, packed, weight_TN, recompute=False),
+        "central": lambda: metagrad.finite_difference(hf, layers, packed, weight_TN),
+        "one-sided": lambda: metagrad.finite_difference(hf, layers, packed, weight_TN, central=False),
+    }[engine]()
+
+
+def outer_loss(world: World, adapter: Adapter) -> Tensor:
+    """L of each task, [T]."""
+    with torch.no_grad():
+        logprob_M = forward.token_logprobs(world.hf, world.layers, world.outer, adapter)
+        return forward.example_loss(world.outer, logprob_M).sum(1)
+
+
+def outer_grad(world: World, adapter: Adapter) -> Adapter:
+    return forward.loss_and_grad(
+        world.hf, world.layers, world.outer, adapter, lambda x: forward.example_loss(world.outer, x).sum()
+    )[2]
+
+
+def loop(
+    world: World,
+    rule: Rule,
+    lr: Mapping[str, Tensor],
+    K: int,
+    weight_TN: Tensor | None = None,
+    start: Adapter | None = None,
+) -> inner.Trajectory:
+    weight_TN = world.weight_TN if weight_TN is None else weight_TN
+    return inner.adapt(gradient(world, weight_TN), world.start if start is None else start, rule, lr, K)
+
+
+def meta(world: World, engine: str, rule: Rule, lr: float, K: int, **options: Any) -> MetaGradient:
+    """The whole meta-gradient of mass."""
+    trajectory = loop(world, rule, rates(world, lr), K)
+    given = products(world, engine, world.weight_TN)
+    return metagrad.sweep(given, trajectory, outer_grad(world, trajectory.adapter), **options)
+
+
+# ---- references
+
+
+def plain_loss(hf: PreTrainedModel, layers: Layers, rows: list[list[Sequence | None]], adapter: Adapter) -> Tensor:
+    """Mean cross-entropy of every sequence, [T, N] (0 if absent): one sequence a row, padded on the right."""
+    tasks, most = len(rows), max(len(task) for task in rows)
+    flat = [s for task in rows for s in (*task, *[None] * (most - len(task)))]
+    width = max(len(s.tokens) for s in flat if s is not None)
+    tokens = torch.zeros(tasks * most, width, dtype=torch.long)
+    label = torch.full((tasks * most, width), -100)
+    for i, s in enumerate(flat):
+        if s is not None:
+            tokens[i, : len(s.tokens)] = torch.tensor(s.tokens)
+            label[i, s.prompt : len(s.tokens)] = torch.tensor(s.tokens[s.prompt :])
+    with lora.using(layers, adapter), sdpa_kernel(SDPBackend.MATH):
+        out = hf(input_ids=tokens, use_cache=False).logits
+    out = out if out.dtype == torch.float64 else out.float()
+    loss = F.cross_entropy(out[:, :-1].transpose(1, 2), label[:, 1:], reduction="none").sum(1)
+    return (loss / (label[:, 1:] >= 0).sum(1).clamp(min=1)).view(tasks, most)
+
+
+def textbook(
+    rule: Rule, k: int, grad: Adapter, memory: dict[str, Tensor], p: Adapter, lr: Mapping[str, Tensor]
+) -> Adapter:
+    """One optimizer step, written a second time; `memory` is changed in place."""
+    if rule.clip is not None:
+        norm = torch.cat([g.flatten(1) for g in grad.values()], 1).norm(dim=1)
+        factor = torch.minimum(torch.ones_like(norm), rule.clip / (norm + 1e-6))
+        grad = {key: g * factor[:, None, None] for key, g in grad.items()}
+    after = {}
+    for key, g in grad.items():
+        if rule.kind == "sgd":
+            memory["m" + key] = step = rule.momentum * memory.get("m" + key, 0) + g
+        else:
+            memory["m" + key] = m = rule.beta1 * memory.get("m" + key, 0) + (1 - rule.beta1) * g
+            memory["v" + key] = v = rule.beta2 * memory.get("v" + key, 0) + (1 - rule.beta2) * g**2
+            m, v = m / (1 - rule.beta1 ** (k + 1)), v / (1 - rule.beta2 ** (k + 1))
+            step = m / (torch.sqrt(v + rule.eps_root) + rule.eps)
+        after[key] = p[key] - lr[key] * step
+    return after
+
+
+Objective = Callable[[Adapter, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Truth:
+    loss_T: Tensor
+    weight_TN: Tensor
+    init: Adapter
+    lr: dict[str, Tensor]
+
+
+def unroll(world: World, rule: Rule, lr: float, K: int, last_steps: int | None = None) -> Truth:
+    """All K steps in one graph. `last_steps`: everything before them is a constant."""
+    weight = world.weight_TN.detach().requires_grad_()
+    start = {key: x.detach().requires_grad_() for key, x in world.start.items()}
+    rate = {key: x.requires_grad_() for key, x in rates(world, lr).items()}
+    p, memory = start, {}
+    for k in range(K):
+        loss = (weight * plain_loss(world.hf, world.layers, world.examples, p)).sum() / weight.shape[1]
+        got = torch.autograd.grad(loss, list(p.values()), create_graph=True)
+        p = textbook(rule, k, dict(zip(p, got, strict=True)), memory, p, rate)
+        if last_steps is not None and k < K - last_steps:
+            p = {key: x.detach().requires_grad_() for key, x in p.items()}
+            memory = {key: x.detach() for key, x in memory.items()}
+    loss_T = plain_loss(world.hf, world.layers, world.targets, p).sum(1)
+    wanted = [weight, *start.values(), *rate.values()]
+    by = list(torch.autograd.grad(loss_T.sum(), wanted, allow_unused=True, materialize_grads=True))
+    return Truth(
+        loss_T.detach(),
+        by.pop(0),
+        dict(zip(start, by, strict=False)),
+        dict(zip(rate, by[len(start) :], strict=True)),
+    )
+
+
+@cache
+def truth(rule: str, K: int) -> Truth:
+    """`unroll` of the shared world."""
+    return unroll(shared(), *RULES[rule], K)
+
+
+@dataclass(frozen=True)
+class Numeric:
+    """Central differences of the whole inner loop: dL_t/dw_tn, and along one direction of phi_0 and of the rates."""
+
+    weight_TN: Tensor
+    init: Tensor
+    init_along: Adapter
+    lr: Tensor
+    lr_along: dict[str, Tensor]
+
+
+@cache
+def numeric(rule_name: str, K: int) -> Numeric:
+    world = shared()
+    rule, lr0 = RULES[rule_name]
+    lr, w, h = rates(world, lr0), world.weight_TN, 1e-5
+    g = torch.Generator().manual_seed(7)
+
+    def loss_T(**changed: Any) -> Tensor:
+        given = {"weight_TN": w, "start": world.start, "lr": lr} | changed
+        return outer_loss(
+            world, loop(world, rule, given["lr"], K, given["weight_TN"], given["start"]).adapter
+        )
+
+    columns = []
+    for n in range(w.shape[1]):
+        # tasks never mix, so the n-th weight of every task moves at once (test_tasks_* look at the mixing)
+        shift = torch.zeros_like(w)
+        shift[:, n] = h
+        columns.append((loss_T(weight_TN=w + shift) - loss_T(weight_TN=w - shift)) / (2 * h))
+    init_along = {
+        key: torch.randn(x.shape, generator=g, dtype=torch.float64) for key, x in world.start.items()
+    }
+    small = h / 10
+    init = (
+        loss_T(start={key: x + small * init_along[key] for key, x in world.start.items()})
+        - loss_T(start={key: x - small * init_along[key] for key, x in world.start.items()})
+    ).sum() / (2 * small)
+    lr_along = {key: torch.randn((), generator=g, dtype=torch.float64) for key in lr}
+    small = h * lr0
+    by_lr = (
+        loss_T(lr={key: x + small * lr_along[key] for key, x in lr.items()})
+        - loss_T(lr={key: x - small * lr_along[key] for key, x in lr.items()})
+    ).sum() / (2 * small)
+    return Numeric(torch.stack(columns, 1), init, init_along, by_lr, lr_along)
+
+
+def error(got: Tensor | Mapping[str, Tensor], want: Tensor | Mapping[str, Tensor]) -> float:
+    """|got - want| / |want| over all tensors together, in float64. NaN counts as infinite."""
+
+    def flat(x: Tensor | Mapping[str, Tensor]) -> Tensor:
+        parts = [x] if isinstance(x, Tensor) else [x[key] for key in sorted(x)]
+        return torch.cat([part.double().flatten() for part in parts])
+
+    if not isinstance(got, Tensor):
+        assert not isinstance(want, Tensor) and got.keys() == want.keys()
+    ratio = ((flat(got) - flat(want)).norm() / flat(want).norm()).item()
+    return ratio if ratio == ratio else float("inf")
+
+
+def dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
+    return torch.stack([(a[key] * b[key]).sum() for key in a]).sum()
