@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from mass import lora, metagrad, optimizers
 from mass.batch import Packed, Sequence, pack
-from mass.blocks import Call, Split, differentiable_attention, enter, split
+from mass.blocks import Call, Split, differentiable_attention, enter, model_inputs, split
 from mass.forward import example_loss, logits, loss_and_grad, token_logprobs
 from mass.inner import Trajectory, adapt
 from mass.lora import Adapter, Layers, LoraShape
@@ -91,7 +91,7 @@ NOTES = [
 class Setup:
     """One model and one batch. `each` holds every task as a batch of its own, for the peers."""
 
-    hf: nn.Module
+    hf: PreTrainedModel
     layers: Layers
     parts: Split
     inner: Packed
@@ -398,7 +398,7 @@ def outer_only(setup: Setup) -> None:
 
 def _plain(setup: Setup, packed: Packed, adapter: Adapter) -> Tensor:
     with lora.using(setup.layers, adapter):
-        out = setup.hf.base_model(input_ids=packed.tokens_BS, position_ids=packed.positions_BS, use_cache=False)
+        out = setup.hf.base_model(**model_inputs(setup.hf, packed), use_cache=False)
     hidden_MD = out.last_hidden_state.flatten(0, 1)[packed.place_M]
     return -nn.functional.cross_entropy(logits(setup.hf, hidden_MD), packed.label_M, reduction="none")
 
@@ -491,7 +491,7 @@ def _torchopt(
 
     weight = setup.weight_TN[t : t + 1].detach().requires_grad_()
     first = list(pairs.parameters())
-    call, last = (enter(setup.parts, p.tokens_BS, p.positions_BS) for p in (inner, outer))
+    call, last = (enter(setup.parts, p) for p in (inner, outer))
     optimizer = torchopt.MetaSGD(pairs, lr=LR)
     for _ in range(setup.K):
         optimizer.step((weight * net(call, inner)).sum() / weight.shape[1])
@@ -507,7 +507,7 @@ def _higher(
 
     weight = setup.weight_TN[t : t + 1].detach().requires_grad_()
     first = list(pairs.parameters())
-    call, last = (enter(setup.parts, p.tokens_BS, p.positions_BS) for p in (inner, outer))
+    call, last = (enter(setup.parts, p) for p in (inner, outer))
     optimizer = torch.optim.SGD(first, lr=LR)
     with higher.innerloop_ctx(net, optimizer, copy_initial_weights=False) as (fast, steps):
         for _ in range(setup.K):

@@ -17,7 +17,7 @@ from mass import lora
 from mass.kvcache import RowTable
 
 _packed: "weakref.WeakKeyDictionary[nn.Linear, tuple[tuple[int, int], Tensor]]" = weakref.WeakKeyDictionary()
-# Rows of one adapter from which oneDNN's bf16 products are faster than MKL's fp32 ones.
+# Tokens of one adapter from which oneDNN's bf16 products are faster than MKL's fp32 ones.
 ROWS_FOR_BASE_TYPE = 8
 
 
@@ -27,11 +27,7 @@ def packed_linears(hf: nn.Module) -> Iterator[None]:
     patched: list[nn.Linear] = []
     try:
         for linear in hf.modules():
-            if (
-                type(linear) is nn.Linear
-                and linear.weight.dtype == torch.bfloat16
-                and not linear.weight.is_cuda
-            ):
+            if type(linear) is nn.Linear and _can_pack(linear):
                 forward = _packed_forward(linear)
                 if forward is None:
                     break
@@ -43,15 +39,23 @@ def packed_linears(hf: nn.Module) -> Iterator[None]:
             del linear.__dict__["forward"]
 
 
+def _can_pack(linear: nn.Linear) -> bool:
+    weight = linear.weight
+    # a sharded weight is an empty tensor until it is gathered
+    return weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and weight.dim() == 2
+
+
 def _packed_forward(linear: nn.Linear) -> Callable[[Tensor], Tensor] | None:
     """The layer's forward with its weight packed; None, with a warning, where this torch cannot."""
     weight, bias = linear.weight, linear.bias
-    stamp = (weight.data_ptr(), weight._version)
     try:
+        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            raise RuntimeError("this CPU has no bf16 instructions that it uses")
+        stamp = (weight.data_ptr(), weight._version)
         if linear not in _packed or _packed[linear][0] != stamp:
             _packed[linear] = (stamp, torch.ops.mkldnn._reorder_linear_weight(weight.detach()))
         multiply = torch.ops.mkldnn._linear_pointwise
-    except (AttributeError, RuntimeError, NotImplementedError) as error:
+    except (AttributeError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         warnings.warn(
             f"generation goes on with weights as they are: oneDNN does not pack them ({reason})", stacklevel=3
@@ -62,7 +66,7 @@ def _packed_forward(linear: nn.Linear) -> Callable[[Tensor], Tensor] | None:
 
 
 class RowAdapters:
-    """The adapters of the rows that are being decoded: row i uses adapter index[i] of T.
+    """The adapters of a batch's rows: row i uses adapter index[i] of T.
 
     Rows of one adapter form one matrix product. Adapters that no row uses any more are left out of it when
     they have become half of all.
@@ -77,14 +81,14 @@ class RowAdapters:
         self.pairs: dict[str, tuple[Tensor, Tensor]] = {}
         self.table = RowTable([], 0, self.device)
 
-    def set_rows(self, index: Sequence[int]) -> None:
-        """From now on the model's input has one row for each entry."""
+    def set_rows(self, index: Sequence[int], tokens: int = 1) -> None:
+        """From now on the model's input has one row of `tokens` tokens for each entry."""
         if not index:
             return
         used = sorted(set(index))
         if not set(used) <= set(self.used) or 2 * len(used) <= len(self.used):
             weight = self.layers[self.names[0]].weight
-            many = len(index) >= ROWS_FOR_BASE_TYPE * len(used) or weight.is_cuda
+            many = len(index) * tokens >= ROWS_FOR_BASE_TYPE * len(used) or weight.device.type != "cpu"
             dtype = weight.dtype if many else torch.float32
             chosen = lora.select(self.adapter, used)
             self.used = used
@@ -96,7 +100,7 @@ class RowAdapters:
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """Within the context the LoRA layers take one token of every row."""
+        """Within the context the LoRA layers take these rows, [rows, tokens, in]."""
         try:
             for name in self.names:
                 self.layers[name].forward = self._forward(name)  # type: ignore[assignment,method-assign]
@@ -111,8 +115,9 @@ class RowAdapters:
         def forward(x: Tensor) -> Tensor:
             y = layer.base(x)
             a_TIR, b_TRO = self.pairs[name]
-            x_TNI = self.table.group(x.reshape(-1, x.shape[-1])).to(a_TIR.dtype)
-            update = self.table.ungroup(torch.bmm(torch.bmm(x_TNI, a_TIR), b_TRO))
-            return torch.add(y, update.view(y.shape).to(y.dtype), alpha=layer.scale)
+            x_TNSI = self.table.group(x).to(a_TIR.dtype)
+            update = torch.bmm(torch.bmm(x_TNSI.flatten(1, 2), a_TIR), b_TRO)
+            update = self.table.ungroup(update.unflatten(1, x_TNSI.shape[1:3]))
+            return torch.add(y, update.to(y.dtype), alpha=layer.scale)
 
         return forward

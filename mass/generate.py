@@ -200,9 +200,10 @@ def _admit(
         part, groups = groups[:count], groups[count:]
         prefix = None
         if width:
-            index = [rows[0].adapter for rows in part]
-            chosen = adapter and lora.select(adapter, index[:1] if len(set(index)) == 1 else index)
-            with lora.using(lm.lora, chosen):
+            adapters = RowAdapters(lm.lora, adapter) if adapter else None
+            if adapters:
+                adapters.set_rows([rows[0].adapter for rows in part], tokens=width)
+            with adapters.applied() if adapters else contextlib.nullcontext():
                 prefix = _prefill(lm, [rows[0].prompt[:-1] for rows in part])
         source = [i for i, rows in enumerate(part) for _ in rows]
         cache.add(prefix, source, [len(row.prompt) - 1 for rows in part for row in rows])

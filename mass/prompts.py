@@ -1,11 +1,11 @@
 r"""What the model is asked and what its text means: prompts for solving and for writing examples, and their parser.
 
-Two styles. `chat` uses the tokenizer's own chat template; the instruction stands at the head of the first user turn,
-which every template allows (Gemma's has no system role; SmolLM2's puts its own system message in front, which stays).
+Two styles. `chat` uses the tokenizer's own chat template; the instruction stands at the head of every user turn, which
+every template allows (Gemma's has no system role; SmolLM2's puts its own system message in front, which stays).
 `plain` is labelled text for models that only continue:
 
-    solve     Problem: p\nSolution:                        -> " s\n\n"
-    generate  Problem: t\nSimilar problem:                 -> " p\nSolution: s\n\n"
+    solve     Problem: p\nSolution:        -> " s\n\n"
+    generate  Problem: t\nNew problem:     -> " p\nSolution: s\n\n"
 
 with the instruction above it and shots, in the same form, between. A blank line ends a plain solution, and not the end
 token: that is what a base model writes in this form, so an adapted model need not first learn to stop. Hence blank
@@ -21,7 +21,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from mass.errors import MassError
 from mass.rewards import find_answer
@@ -37,12 +37,12 @@ SOLVE_INSTRUCTION = {
 }
 GENERATE_INSTRUCTION = {
     "chat": "Write a problem similar to this one, with its solution:",
-    "plain": "Each problem is followed by a similar problem with its solution.",
+    "plain": "Each problem is followed by one new problem of its kind with the solution.",
 }
 # Behind the problem in every turn: a small model then copies the form, and not the problem's own end (measured).
 CHAT_FORM = "Use this form: Problem: <the new problem> Solution: <its solution> Answer: <the final answer>"
 # Read by some templates: Qwen3 would spend the tokens thinking, Llama 3 would put today's date in the prompt.
-TEMPLATE_ARGUMENTS = {"enable_thinking": False, "date_string": "26 Jul 2024"}
+TEMPLATE_ARGUMENTS: dict[str, Any] = {"enable_thinking": False, "date_string": "26 Jul 2024"}
 
 SolveShot = tuple[str, str]  # problem, solution
 GenerateShot = tuple[str, str, str]  # a problem, a similar problem, the solution of the latter
@@ -72,13 +72,16 @@ class Prompts:
         if self.style == "chat":
             turns = []
             for given, similar, solution in shots:
-                turns += [self._ask_similar(given), f"Problem: {similar.strip()}\nSolution: {solution.strip()}"]
+                turns += [
+                    self._ask_similar(given),
+                    f"Problem: {similar.strip()}\nSolution: {solution.strip()}",
+                ]
             return self._chat([*turns, self._ask_similar(text)])
         blocks = [
-            f"Problem: {_close_up(given)}\nSimilar problem: {_close_up(similar)}\nSolution: {_close_up(solution)}"
+            f"Problem: {_close_up(given)}\nNew problem: {_close_up(similar)}\nSolution: {_close_up(solution)}"
             for given, similar, solution in shots
         ]
-        return self._plain(self.generate_instruction, [*blocks, f"Problem: {_close_up(text)}\nSimilar problem:"])
+        return self._plain(self.generate_instruction, [*blocks, f"Problem: {_close_up(text)}\nNew problem:"])
 
     def _ask_similar(self, text: str) -> str:
         return f"{self.generate_instruction}\n\n{text.strip()}\n\n{CHAT_FORM}".strip()
@@ -118,28 +121,34 @@ class Prompts:
     @cached_property
     def _label_tokens(self) -> int:
         """How many tokens `Problem:` has after a blank line."""
-        tokens, count = self._encode("0\n\nProblem:"), 1
-        while self.tokenizer.decode(tokens[-count:]).strip() != "Problem:":
-            count += 1
-        return count
+        tokens = self._encode("0\n\nProblem:")
+        for count in range(1, len(tokens)):
+            if str(self.tokenizer.decode(tokens[-count:])).strip() == "Problem:":
+                return count
+        raise MassError(
+            "prompt.style=plain: this tokenizer does not give back the text 'Problem:'. Set prompt.style=chat"
+        )
 
     def _chat(self, turns: Sequence[str]) -> list[int]:
         """User and assistant turns in alternation; after a last turn of the user the assistant's is opened."""
         roles = ("user", "assistant")
-        return self.tokenizer.apply_chat_template(
+        ids = self.tokenizer.apply_chat_template(
             [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)],
             add_generation_prompt=len(turns) % 2 == 1,
             sanitize_control_tokens=True,
             return_dict=False,
             **TEMPLATE_ARGUMENTS,
         )
+        return cast(list[int], ids)
 
     @cached_property
     def _end_of_turn(self) -> int:
         """The control token that the template writes after an assistant's turn, else the end token."""
         asked, full = self._chat(["?"]), self._chat(["?", "0"])
+        written, content = full[len(asked) :], self._encode("0")[-1]
         control = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
-        after = [token for token in full[len(asked) :] if token in control]
+        behind = written[written.index(content) :] if content in written else []
+        after = [token for token in behind if token in control]
         if full[: len(asked)] != asked or not after:
             raise MassError(
                 "prompt.style=chat: this tokenizer's chat template opens an answer in another way than it writes one, "
@@ -160,15 +169,17 @@ def make_prompts(
     if style == "auto":
         style = "chat" if tokenizer.chat_template else "plain"
     if style == "chat" and not tokenizer.chat_template:
-        raise MassError("prompt.style=chat: this model's tokenizer has no chat template. Set prompt.style=plain")
+        raise MassError(
+            "prompt.style=chat: this model's tokenizer has no chat template. Set prompt.style=plain"
+        )
     prompts = Prompts(
         tokenizer,
         style,
         SOLVE_INSTRUCTION[style] if solve_instruction is None else solve_instruction,
         GENERATE_INSTRUCTION[style] if generate_instruction is None else generate_instruction,
     )
-    # a template that cannot be used shows itself here
-    _ = prompts.stop_ids
+    # a template or tokenizer that cannot be used shows itself here
+    prompts.solution("0")
     return prompts
 
 
@@ -199,7 +210,9 @@ def pick_shots(pool: Sequence["Task"], k: int, seed: int, problem_id: str) -> Sh
 
     tasks = sorted((task for task in pool if task.problem.id != problem_id), key=order)
     if len(tasks) < k:
-        raise MassError(f"{k} shots wanted and {len(tasks)} problems set aside for them: raise prompt.pool above {k}")
+        raise MassError(
+            f"{k} shots wanted and {len(tasks)} problems set aside for them: raise prompt.pool above {k}"
+        )
     solve = tuple((task.problem.text, task.solution) for task in tasks[:k])
     generate: list[GenerateShot] = []
     used: set[int] = set()

@@ -101,12 +101,11 @@ class Fast(nn.Module):
 
     def __init__(self, world: World) -> None:
         super().__init__()
+        # within it the model is no submodule: its weights are no parameters of the inner loop
         self.world = world
         self.named = {key.replace(".", "_"): key for key in world.start}
         for name, key in self.named.items():
             self.register_parameter(name, nn.Parameter(world.start[key].clone()))
-        # the model is no submodule: its weights are no parameters of the inner loop
-        self.__dict__["hf"] = world.hf
 
     def adapter(self) -> Adapter:
         return {key: getattr(self, name) for name, key in self.named.items()}
@@ -114,8 +113,8 @@ class Fast(nn.Module):
     def forward(self, weight_TN: Tensor, outer: bool = False) -> Tensor:
         world = self.world
         if outer:
-            return worlds.plain_loss(self.hf, world.layers, world.targets, self.adapter()).sum()
-        loss_TN = worlds.plain_loss(self.hf, world.layers, world.examples, self.adapter())
+            return worlds.plain_loss(world.hf, world.layers, world.targets, self.adapter()).sum()
+        loss_TN = worlds.plain_loss(world.hf, world.layers, world.examples, self.adapter())
         return (weight_TN * loss_TN).sum() / weight_TN.shape[1]
 
 

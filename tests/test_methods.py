@@ -76,7 +76,10 @@ def handmade(monkeypatch: pytest.MonkeyPatch) -> None:
     ) -> Practice:
         ids = {p.text: p.id for p in PROBLEMS}
         examples = [
-            [Example("", "", False, "empty") if x is None else Example(*x, True, "") for x in GOOD[ids[text]]]
+            [
+                Example("", "", False, "empty") if x is None else Example(x[0], x[1], True, "")
+                for x in GOOD[ids[text]]
+            ]
             for text in targets
         ]
         packed, valid_TN = pack_examples(lm, prompts, examples, solve_shots)
@@ -364,9 +367,12 @@ def test_in_context_shows_the_best_examples_as_far_as_they_fit(
 ) -> None:
     seen: list[Any] = []
     answer = choices.answer
-    monkeypatch.setattr(
-        choices, "answer", lambda *args, **kw: seen.append(kw["shots"]) or answer(*args, **kw)
-    )
+
+    def spied(*args: Any, **keywords: Any) -> Any:
+        seen.append(keywords["shots"])
+        return answer(*args, **keywords)
+
+    monkeypatch.setattr(choices, "answer", spied)
     weights = torch.tensor([[0.5, 1.5, 1.0]])
     monkeypatch.setattr(choices.scorer, "weights", lambda *_: weights)
     (record,) = solve(kit, PROBLEMS[:1], "in-context", baselines=False)

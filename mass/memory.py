@@ -1,0 +1,212 @@
+"""How much memory a meta-gradient takes over the weights, and the fastest engine that fits.
+
+Nothing here is a formula about transformers. The engines themselves are run on fake tensors (shapes and dtypes, no
+numbers) on two shallow copies of the model, while every storage is counted from the operation that makes it to its
+death; the peak is a line in the number of blocks. So an architecture, an engine or a batch that is new needs no new
+arithmetic. Not counted: what an allocator wastes between blocks, and workspaces inside a kernel.
+"""
+
+import contextlib
+import copy
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+# The module that PyTorch's own page on fake tensors imports from; there is no public name for it.
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from mass import metagrad, optimizers
+from mass.batch import Packed
+from mass.blocks import Split
+from mass.errors import MassError
+from mass.forward import example_loss, loss_and_grad
+from mass.inner import Step
+from mass.lora import Adapter, Layers, LoraShape, attach
+from mass.optimizers import Rule
+
+Engine = Literal["reverse", "blockwise", "finite_difference"]
+
+# The two depths that are tried. One block would hide what a block's neighbour keeps alive.
+DEPTHS = (2, 4)
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Most bytes held over the weights in each stage, and the adapters that are kept meanwhile (in all of them)."""
+
+    inner: int
+    outer: int
+    sweep: int
+    kept: int
+
+    @property
+    def total(self) -> int:
+        return max(self.inner, self.outer, self.sweep) + self.kept
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of storages made inside the context while they live: `now`, and the most so far: `peak`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for tensor in _tensors((args, kwargs)):
+            # what comes from outside (weights, the batch) is not ours to count
+            self._note(tensor.untyped_storage(), 0)
+        out = func(*args, **kwargs)
+        for tensor in _tensors(out):
+            storage = tensor.untyped_storage()
+            self._note(storage, storage.nbytes())
+        if func._overloadpacket is torch.ops.aten.logsumexp:
+            # the CPU's and CUDA's kernels make one temporary as large as their input
+            self.peak = max(self.peak, self.now + args[0].nbytes)
+        return out
+
+    def _note(self, storage: torch.UntypedStorage, size: int) -> None:
+        key = storage._cdata
+        if key not in self._seen:
+            self._seen[key] = size
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._drop, key)
+
+    def _drop(self, key: int) -> None:
+        self.now -= self._seen.pop(key)
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """A shallow copy of the model, of fake tensors."""
+
+    hf: PreTrainedModel
+    layers: Layers
+    parts: Split | None
+
+
+def _shallow(hf: PreTrainedModel, parts: Split | None, shape: LoraShape, depth: int) -> _Copy:
+    """The model's architecture with `depth` blocks. Call it under a FakeTensorMode."""
+    config = copy.deepcopy(hf.config)
+    text = config.get_text_config()
+    text.num_hidden_layers = depth
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:depth]
+    dtype = next(hf.parameters()).dtype
+    fake = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+    layers = attach(fake, shape)
+    if parts is None:
+        return _Copy(fake, layers, None)
+    names = {id(module): name for name, module in parts.body.named_modules()}
+    where = names[id(parts.blocks[0])].rpartition(".")[0]
+    blocks = list(fake.base_model.get_submodule(where).children())
+    norm = fake.base_model.get_submodule(names[id(parts.norm)])
+    return _Copy(fake, layers, Split(fake.base_model, blocks, parts.prefix[:depth], norm, layers))
+
+
+def predict(
+    hf: PreTrainedModel,
+    parts: Split | None,
+    shape: LoraShape,
+    inner: Packed,
+    outer: Packed,
+    *,
+    engine: Engine,
+    steps: int,
+    recompute: bool = True,
+    checkpoint: bool = False,
+    rule: Rule | None = None,
+    need_init: bool = False,
+) -> Peak:
+    """Peak bytes over the weights of K inner steps, the outer gradient and the way back.
+
+    `inner` and `outer` are batches of the largest shapes to expect (their numbers do not matter). `recompute` is
+    blockwise's; `checkpoint` says that first-order passes recompute block by block. `need_init`: dL/dphi_0 is wanted.
+    """
+    rule = rule or Rule()
+    need_hessian = need_init or steps > 1
+    exact = torch.float64 if next(hf.parameters()).dtype == torch.float64 else torch.float32
+    T = inner.tokens_TPS.shape[0]
+    seen: dict[str, list[int]] = {"inner": [], "outer": [], "sweep": []}
+    size = []
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        examples, last = (_fake(packed, mode) for packed in (inner, outer))
+        weight_TN = torch.ones(examples.count_TN.shape, dtype=exact)
+        for depth in DEPTHS:
+            model = _shallow(hf, parts, shape, depth)
+            adapter = _adapter(model.layers, shape.rank, T, exact)
+            size.append(sum(x.nbytes for x in adapter.values()))
+            own = model.parts if checkpoint else None
+            for name, packed in (("inner", examples), ("outer", last)):
+                with _counting(seen[name]):
+                    _first_order(model, packed, adapter, own)
+            products = _products(model, examples, weight_TN, engine, recompute, own)
+            grad = {key: torch.empty_like(x) for key, x in adapter.items()}
+            step = Step(adapter, {}, grad, torch.empty_like(weight_TN))
+            with _counting(seen["sweep"]):
+                products(step, grad, need_hessian)
+    deep = len(parts.blocks) if parts else hf.config.get_text_config().num_hidden_layers
+    inner_peak, outer_peak, sweep_peak = (_line(seen[name], deep) for name in ("inner", "outer", "sweep"))
+    one = _line(size, deep)
+    # An inner step keeps where it started, its gradient and the optimizer's state; then there are the adapted adapter,
+    # the outer gradient, and on the way back lam, mu and the cotangent of the state.
+    states = len(optimizers.init(rule, {"x": torch.zeros(1, 1, 1)}))
+    kept = one * (steps * (2 + states) + 1)
+    return Peak(inner_peak, outer_peak, sweep_peak + one * (3 + states), kept)
+
+
+def _first_order(model: _Copy, packed: Packed, adapter: Adapter, parts: Split | None) -> None:
+    loss_and_grad(model.hf, model.layers, packed, adapter, lambda x: example_loss(packed, x).sum(), parts=parts)
+
+
+def _products(
+    model: _Copy, packed: Packed, weight_TN: Tensor, engine: Engine, recompute: bool, parts: Split | None
+) -> metagrad.Products:
+    if engine == "reverse":
+        return metagrad.reverse(model.hf, model.layers, packed, weight_TN)
+    if engine == "finite_difference":
+        return metagrad.finite_difference(model.hf, model.layers, packed, weight_TN, parts=parts)
+    assert model.parts is not None, "blockwise without blocks"
+    return metagrad.blockwise(model.hf, model.parts, packed, weight_TN, recompute=recompute)
+
+
+def _fake(packed: Packed, mode: FakeTensorMode) -> Packed:
+    tensors = {f.name: getattr(packed, f.name) for f in fields(packed)}
+    return replace(
+        packed, **{name: mode.from_tensor(x) for name, x in tensors.items() if isinstance(x, Tensor)}
+    )
+
+
+def _adapter(layers: Layers, rank: int, tasks: int, dtype: torch.dtype) -> Adapter:
+    adapter: Adapter = {}
+    for name, layer in layers.items():
+        out, width = layer.weight.shape
+        adapter[f"{name}.A"] = torch.empty(tasks, rank, width, dtype=dtype, device=layer.weight.device)
+        adapter[f"{name}.B"] = torch.empty(tasks, out, rank, dtype=dtype, device=layer.weight.device)
+    return adapter
+
+
+@contextlib.contextmanager
+def _counting(peaks: list[int]) -> Iterator[None]:
+    with Live() as live:
+        yield
+    peaks.append(live.peak)
+
+
+def _line(values: list[int], depth: int) -> int:
+    """The value at `depth`, from those at DEPTHS."""
+    slope = (values[1] - values[0]) / (DEPTHS[1] - DEPTHS[0])
+    return round(values[1] + slope * (depth - DEPTHS[1]))
