@@ -76,7 +76,7 @@ def plan(run: str | None, model: str | None, overrides: Sequence[str] = ()) -> P
             raise MassError(
                 f"{fixed[0]}: the saved adapter and scorer of {run} were not made so. Leave it out."
             )
-        found = recipe.load(step.parent / "recipe.yaml", overrides)
+        found = recipe.load(step.parent / "recipe.yaml", overrides, training=False)
         by_hand = [text for text in overrides if text.startswith("inner.lr=")]
         if by_hand and found.inner.learned_lr != "no":
             raise MassError(
@@ -187,7 +187,7 @@ def _defaults(model: str, overrides: Sequence[str]) -> Recipe:
             yaml.safe_dump({"model": {"path": model}, "problems": {"train": [""]}, "prompt": shots})
         )
         try:
-            return recipe.load(path, overrides)
+            return recipe.load(path, overrides, training=False)
         except MassError as error:
             raise MassError(str(error).replace(f"{path}: ", "", 1)) from None
 

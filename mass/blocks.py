@@ -129,7 +129,7 @@ def differentiable_attention() -> Iterator[None]:
 
 def _agrees(parts: Split) -> bool:
     device = next(parts.body.parameters()).device
-    vocabulary: int = parts.body.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr,index]
+    vocabulary = int(parts.body.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr,index,arg-type]
     tokens = [1 + i % (vocabulary - 1) for i in range(8)]
     probe = pack([[Sequence(tokens, 1)]], 0, device)
     with torch.no_grad(), using(parts.layers, None):

@@ -94,8 +94,9 @@ def make_products(setting: Setting, packed: Packed, weight_TN: Tensor) -> Produc
     if setting.engine == "blockwise":
         assert setting.parts is not None
         return metagrad.blockwise(lm.hf, setting.parts, packed, weight_TN, recompute=setting.recompute)
-    parts = setting.parts if setting.recompute else None
-    return metagrad.finite_difference(lm.hf, lm.lora, packed, weight_TN, parts=parts)
+    parts = setting.parts if setting.recipe.inner.checkpoint else None
+    central = not setting.recipe.meta_gradient.one_sided
+    return metagrad.finite_difference(lm.hf, lm.lora, packed, weight_TN, parts=parts, central=central)
 
 
 def run(
@@ -213,6 +214,8 @@ def run(
         setting, practice, score_TN, weight_TN, by_score_TN, tuned, before, after, gradients, counts_T
     )
     metrics["policy/kl"] = kl
+    if N > 1:
+        metrics["generator/advantage_spread"] = advantage_TN.std(1).mean().item()
     return Result(gradients, metrics, practice, weight_TN, -by_score_TN, answers, clock.seconds)
 
 
@@ -467,6 +470,7 @@ def _metrics(
     }
     for reason in ("no_solution", "no_answer", "truncated", "copy", "duplicate"):
         out[f"generator/{reason}"] = sum(e.reason == reason for e in examples) / len(examples)
+    out["generator/no_solution"] += sum(e.reason == "empty" for e in examples) / len(examples)
     if setting.recipe.outer.loss == "verifier":
         out["reward/solve_before"] = before.solved_T.mean().item()
         out["reward/solve_after"] = after.solved_T.mean().item()

@@ -17,7 +17,8 @@ from mass.blocks import Split, differentiable_attention, enter, model_inputs, of
 from mass.errors import MassError
 from mass.lora import Adapter, Layers, using
 
-CHUNK = 1024
+# Numbers of one chunk of logits, 64 MB in fp32: large enough for fast matrix products, small beside a block's activations.
+CHUNK_LOGITS = 2**24
 
 
 def logits(hf: PreTrainedModel, hidden_MD: Tensor) -> Tensor:
@@ -42,7 +43,12 @@ def check_head(hf: PreTrainedModel) -> None:
 
 
 def token_logprobs(
-    hf: PreTrainedModel, layers: Layers, packed: Packed, adapter: Adapter | None, *, second_order: bool = False
+    hf: PreTrainedModel,
+    layers: Layers,
+    packed: Packed,
+    adapter: Adapter | None,
+    *,
+    second_order: bool = False,
 ) -> Tensor:
     """log p(target token), [M], differentiable in the adapter. `second_order`: twice, with every activation kept."""
     with using(layers, adapter):
@@ -66,7 +72,13 @@ Loss = Callable[[Tensor], Tensor]
 
 
 def loss_and_grad(
-    hf: PreTrainedModel, layers: Layers, packed: Packed, adapter: Adapter, loss: Loss, *, parts: Split | None = None
+    hf: PreTrainedModel,
+    layers: Layers,
+    packed: Packed,
+    adapter: Adapter,
+    loss: Loss,
+    *,
+    parts: Split | None = None,
 ) -> tuple[Tensor, Tensor, Adapter]:
     """`loss(logprob_M)` (a scalar), the log-probabilities, and the loss's gradient by the adapter.
 
@@ -84,10 +96,16 @@ def loss_and_grad(
     return value.detach(), logprob_M.detach(), dict(zip(leaf, grads, strict=True))
 
 
+def chunk_rows(hf: PreTrainedModel) -> int:
+    """How many target tokens have logits at one time."""
+    return max(1, CHUNK_LOGITS // hf.get_output_embeddings().weight.shape[0])  # type: ignore[union-attr,index,operator]
+
+
 def head_rows(hf: PreTrainedModel, hidden_MD: Tensor, label_M: Tensor) -> tuple[Tensor, Tensor]:
     """log p(label) of each row [M] and its derivative by that row's hidden state J_MD, a chunk of logits at a time."""
     logprobs, jacobians = [], []
-    for h, label in zip(hidden_MD.detach().split(CHUNK), label_M.split(CHUNK), strict=True):
+    size = chunk_rows(hf)
+    for h, label in zip(hidden_MD.detach().split(size), label_M.split(size), strict=True):
         with torch.enable_grad():
             h = h.requires_grad_()
             logprob = pick(logits(hf, h), label)
@@ -103,7 +121,8 @@ class _HeadLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_MD: Tensor, label_M: Tensor, hf: PreTrainedModel) -> Tensor:  # type: ignore[no-untyped-def]
         if not hidden_MD.requires_grad:
-            parts = zip(hidden_MD.split(CHUNK), label_M.split(CHUNK), strict=True)
+            size = chunk_rows(hf)
+            parts = zip(hidden_MD.split(size), label_M.split(size), strict=True)
             return torch.cat([pick(logits(hf, h), label) for h, label in parts])
         logprob_M, jacobian_MD = head_rows(hf, hidden_MD, label_M)
         ctx.save_for_backward(jacobian_MD)

@@ -9,7 +9,7 @@ arithmetic. Not counted: what an allocator wastes between blocks, and workspaces
 import contextlib
 import copy
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -25,7 +25,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from mass import metagrad, optimizers
 from mass.batch import Packed
 from mass.blocks import Split
-from mass.errors import MassError
 from mass.forward import example_loss, loss_and_grad
 from mass.inner import Step
 from mass.lora import Adapter, Layers, LoraShape, attach

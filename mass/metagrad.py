@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from mass import optimizers
 from mass.batch import Packed
 from mass.blocks import Split, differentiable_attention, enter, of_block, run_block
-from mass.forward import CHUNK, example_loss, logits, loss_and_grad, pick, token_logprobs
+from mass.forward import chunk_rows, example_loss, logits, loss_and_grad, pick, token_logprobs
 from mass.inner import Step, Trajectory
 from mass.lora import Adapter, Layers
 from mass.optimizers import Tensors
@@ -226,7 +226,7 @@ def _head_rows_dual(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Tangent of log p(label) [M]; its derivatives by the tangent (J_MD) and by the hidden state (J' dh, [M, D])."""
     tangents, first, second = [], [], []
-    chunks = (x.detach().split(CHUNK) for x in (hidden_MD, tangent_MD, label_M))
+    chunks = (x.detach().split(chunk_rows(hf)) for x in (hidden_MD, tangent_MD, label_M))
     for h, dh, label in zip(*chunks, strict=True):
         with torch.set_grad_enabled(need_hessian):
             h, dh = h.requires_grad_(need_hessian), dh.requires_grad_(need_hessian)

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from mass.forward import example_loss, loss_and_grad, token_logprobs
 from mass.generate import Rollout, generate
 from mass.inner import Trajectory
 from mass.lora import Adapter
-from mass.model import LanguageModel
+from mass.model import LanguageModel, context_length
 from mass.optimizers import Rule
 from mass.prompts import Example, Prompts, filter_examples, parse_example
 
@@ -92,6 +92,13 @@ def write_examples(
         for own, target in zip(rollouts, targets, strict=True)
     ]
     packed, valid_TN = pack_examples(lm, prompts, examples, solve_shots)
+    examples = [
+        [
+            replace(e, valid=False, reason="truncated") if e.valid and not ok else e
+            for e, ok in zip(own, fits, strict=True)
+        ]
+        for own, fits in zip(examples, valid_TN.tolist(), strict=True)
+    ]
     return Practice(asked, rollouts, examples, packed, valid_TN)
 
 
@@ -99,10 +106,11 @@ def pack_examples(
     lm: LanguageModel, prompts: Prompts, examples: Seq[Seq[Example]], solve_shots: Seq[Seq[tuple[str, str]]]
 ) -> tuple[Packed, Tensor]:
     """The training sequences of T x N examples, and which are valid, [T, N] bool."""
-    sequences = [
-        [solve_sequence(prompts, e.problem, e.solution, shots) if e.valid else None for e in own]
-        for own, shots in zip(examples, solve_shots, strict=True)
-    ]
+    most = context_length(lm.hf)
+    sequences: list[list[Sequence | None]] = []
+    for own, shots in zip(examples, solve_shots, strict=True):
+        row = [solve_sequence(prompts, e.problem, e.solution, shots) if e.valid else None for e in own]
+        sequences.append([s if s is not None and len(s.tokens) <= most else None for s in row])
     packed = pack(sequences, lm.tokenizer.pad_token_id, lm.device, share=attends_fully(lm.hf))
     return packed, packed.count_TN > 0
 

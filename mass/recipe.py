@@ -26,8 +26,11 @@ from mass.errors import MassError
 from mass.schema import GROUPS, KEYS, Key, Recipe, keys_of, said
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe of a YAML file with `key=value` overrides. Raises one MassError that lists all that is wrong."""
+def load(path: str | Path, overrides: Sequence[str] = (), *, training: bool = True) -> Recipe:
+    """The recipe of a YAML file with `key=value` overrides. Raises one MassError that lists all that is wrong.
+
+    `training` False leaves out what only meta-training minds: test time may well use one example or one cold Adam step.
+    """
     config = _unlocked(OmegaConf.structured(Recipe))
     trees = [_read(path)]
     # by the key at fault: a good override takes back what was said of the file's value
@@ -51,7 +54,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             if key.name not in errors and (complaint := key.complaint(operator.attrgetter(key.name)(recipe))):
                 errors[key.name] = complaint
         # nothing follows from the default that stands in for a faulty value
-        clashes = [text for names, text in _contradictions(recipe) if not errors.keys() & set(names.split())]
+        said_no = [*_contradictions(recipe), *(_training_contradictions(recipe) if training else ())]
+        clashes = [text for names, text in said_no if not errors.keys() & set(names.split())]
         errors |= {text: text for text in clashes}
     if errors:
         count = f"{len(errors)} error{'s' if len(errors) > 1 else ''}"
@@ -162,12 +166,7 @@ def _nearest(name: str) -> str:
 
 def _contradictions(r: Recipe) -> Iterator[tuple[str, str]]:
     """(the keys that play a part, one sentence with the reason and the way out) for settings that do not go together."""
-    pool, shots, train, truncate = (
-        r.prompt.pool,
-        r.prompt.generate_shots,
-        r.problems.train,
-        r.meta_gradient.truncate,
-    )
+    pool, shots, train = r.prompt.pool, r.prompt.generate_shots, r.problems.train
     if r.run.name in (".", "..") or any(x in r.run.name for x in "/\\\0"):
         yield (
             "run.name",
@@ -203,6 +202,10 @@ def _contradictions(r: Recipe) -> Iterator[tuple[str, str]]:
             "sets aside. Raise problems.heldout_size or lower evaluate.problems.",
         )
 
+
+def _training_contradictions(r: Recipe) -> Iterator[tuple[str, str]]:
+    """The same, for settings that only the outer loop minds."""
+    truncate = r.meta_gradient.truncate
     if r.generate.examples < 2 and r.outer.lr_scorer > 0:
         yield (
             "generate.examples outer.lr_scorer",

@@ -78,7 +78,9 @@ class Problems:
         None, "share of each source in size; null = files whole, gyms alike", ge=0
     )
     gym: dict[str, dict[str, Any]] = _key({}, "settings of reasoning-gym families: {NAME: {setting: value}}")
-    columns: Columns = _group(Columns, "columns of a data set; rows with a key problem but not this one have the defaults")
+    columns: Columns = _group(
+        Columns, "columns of a data set; rows with a key problem but not this one have the defaults"
+    )
     split: str = _key("train", "split of a hub data set to train on; a slice like train[:1000] will do")
     heldout_split: str = _key("test", "split of a hub data set to hold out")
     verifier: Literal["auto", "exact", "numeric", "math", "gym"] = _key("auto", "how an answer is checked")
@@ -135,7 +137,9 @@ class MetaGradient:
     mode: Literal["auto", "blockwise", "reverse", "finite_difference"] = _key("auto", "second-order engine")
     memory_gb: float | None = _key(None, "memory that auto may plan with; null = what is free", gt=0)
     truncate: int | None = _key(None, "differentiate the last J inner steps only; null = all", ge=1)
-    chunk_tokens: int = _key(1024, "target tokens whose logits are held at once", ge=1)
+    one_sided: bool = _key(
+        False, "finite_difference by one more pass a step instead of two: cheaper, less exact"
+    )
 
 
 @dataclass(frozen=True)

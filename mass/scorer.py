@@ -64,7 +64,8 @@ def features(
             for i in range(max(wanted)):
                 hidden = run_block(parts, call, i, hidden, {})
                 if i + 1 in wanted:
-                    seen[i + 1] = hidden
+                    # The model's own list of hidden states has its last one after the final norm.
+                    seen[i + 1] = parts.norm(hidden) if i + 1 == total else hidden
             states = [seen[i] for i in wanted]
         at_MF = torch.cat([state.flatten(0, 1)[packed.own_M].float() for state in states], -1)
         count = packed.count_TN.numel()

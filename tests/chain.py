@@ -1,6 +1,6 @@
 """A tiny model that writes well-formed practice examples, so that whole runs have a signal without any pretrained model.
 
-Its tokens for the parts of an example are chained: behind `Similar problem:` it writes ` a +`, ` b =`, a newline and
+Its tokens for the parts of an example are chained: behind ` problem:`, the last label of the prompt, it writes ` a +`, ` b =`, a newline and
 `Solution:`, ` Answer:`, ` d` and a blank line, with the digits nearly at random; everything else of it is random and
 small. A run on it does all that a run does: sampling, parsing, verifying (a third of the answers are right), learning.
 """
@@ -13,15 +13,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mass.model import byte_tokenizer
 
-LABELS = ["Problem:", "Similar problem:", "\nSolution:", " Answer:", "\n\n", "<|user|>", "<|assistant|>"]
+LABELS = ["Problem:", " problem:", "\nSolution:", " Answer:", "\n\n", "<|user|>", "<|assistant|>"]
 FIRST, SECOND, DIGITS = [f" {i} +" for i in range(10)], [f" {i} =" for i in range(10)], [" 1", " 2", " 3"]
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 WIDTH = 64
-# logit of a wanted continuation over the others: about one token in twelve strays, so some examples are malformed
-GAP = 8.0
+# logit of a wanted continuation over the others: about one token in thirty strays, so some examples are malformed
+GAP = 9.0
 
 
 def save_chain(folder: Path) -> Path:
@@ -32,7 +32,7 @@ def save_chain(folder: Path) -> Path:
     ends = {token: tokenizer.convert_tokens_to_ids(token) for token in [*LABELS, *FIRST, *SECOND, *DIGITS]}
     ends["<eos>"] = tokenizer.eos_token_id
     follow: dict[str, list[str]] = {
-        "Similar problem:": FIRST,
+        " problem:": FIRST,
         "<|assistant|>": ["Problem:"],
         "Problem:": FIRST,
         **dict.fromkeys(FIRST, SECOND),
@@ -64,7 +64,7 @@ def save_chain(folder: Path) -> Path:
             layer.mlp.down_proj.weight *= 0.15
         embed, head = hf.model.embed_tokens.weight, hf.lm_head.weight
         # one direction for each kind of token with a known successor; bytes live in the other directions
-        kinds = ["Similar problem:", "<|assistant|>", "Problem:", FIRST, SECOND, "\nSolution:", " Answer:", DIGITS, "\n\n"]
+        kinds = [" problem:", "<|assistant|>", "Problem:", FIRST, SECOND, "\nSolution:", " Answer:", DIGITS, "\n\n"]
         embed[:, : len(kinds)] = 0
         embed[:, len(kinds) :] *= 10
         for i, kind in enumerate(kinds):

@@ -5,6 +5,7 @@ time, no packing, no adjoint sweep, no torch.func.
 """
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +29,7 @@ from mass.recipe import Recipe, load
 from mass.rewards import Verdict
 from mass.scorer import Scorer
 
-T, N, SCALE = 2, 4, 2.0
+T, N = 2, 4
 
 GOOD = [
     [("1 + 2 =", "3\nAnswer: 3"), ("4 + 4 = ?", "Answer: 8"), ("2 + 5", "2 + 5 = 7. Answer: 7"), ("9 + 1", "Answer: 11")],
@@ -393,6 +394,14 @@ def test_a_batch_without_a_valid_example_has_no_gradient_but_penalty_and_kl(
     assert all((g == 0).all() for key, g in punished.gradients.items() if key.startswith("scorer/"))
 
 
+@pytest.mark.xfail(strict=True, reason="credit/spread takes std() of no task at all, and torch warns on the console")
+def test_a_batch_without_a_valid_example_warns_of_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = make_world(monkeypatch, *SGD, examples=NOTHING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        world.run()
+
+
 def test_a_task_without_a_valid_example_leaves_the_others_their_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     world = make_world(monkeypatch, *SGD, *ONLY_META, "outer.through_init=true", examples=[GOOD[0], [None] * N])
     result = world.run()
@@ -427,9 +436,9 @@ def test_an_exploded_task_is_dropped_from_every_gradient_through_the_inner_loop(
 
 
 def test_an_inner_loss_that_grows_too_much_explodes(monkeypatch: pytest.MonkeyPatch) -> None:
-    result = make_world(monkeypatch, "inner.lr=200", "inner.max_growth=1.5", *ONLY_META).run()
+    result = make_world(monkeypatch, "inner.lr=1000", "inner.max_growth=1.005", *ONLY_META).run()
     assert result.metrics["meta/exploded"] == 1
-    assert result.metrics["inner/loss_last"] > 1.5 * result.metrics["inner/loss_first"]
+    assert result.metrics["inner/loss_last"] > 1.005 * result.metrics["inner/loss_first"]
     assert all((g == 0).all() for g in result.gradients.values())
 
 

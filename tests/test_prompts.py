@@ -17,7 +17,10 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 # SmolLM2: a default system message in front
-SYSTEM = "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}" + CHATML
+SYSTEM = (
+    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}"
+    + CHATML
+)
 # Gemma: no system role, strict alternation, another end than <eos>
 GEMMA = (
     "{{ bos_token }}{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
@@ -209,7 +212,7 @@ def test_shots_depend_on_seed_and_problem_only() -> None:
     others = [pick_shots(POOL, 3, seed, name) for seed, name in ((1, "target"), (0, "t2"), (0, "t3"))]
     assert all(other != shots for other in others)
     # pinned: it must not change with the process (hash()) or between releases
-    assert [p for p, _ in shots.solve] == ["p10 of words", "?", "p0 of words"]
+    assert [p for p, _ in shots.solve] == ["p10 of words", "p3 of sums", "p0 of words"]
 
 
 def test_fewer_shots_are_the_first_of_more() -> None:
@@ -344,4 +347,3 @@ def test_duplicates_are_of_an_earlier_valid_one() -> None:
     out = filter_examples(examples, "target")
     assert [e.reason for e in out] == ["truncated", "", "duplicate", "", "", "duplicate"]
     assert [(e.problem, e.solution) for e in out] == [(e.problem, e.solution) for e in examples]
-

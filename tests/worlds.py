@@ -4,7 +4,7 @@ The references share nothing with `mass` but the LoRA layers: examples stand one
 the model's own logits through F.cross_entropy, optimizers are written out again, and all K steps are unrolled in one graph.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -232,7 +232,9 @@ def meta(world: World, engine: str, rule: Rule, lr: float, K: int, **options: An
 # ---- references
 
 
-def plain_loss(hf: PreTrainedModel, layers: Layers, rows: list[list[Sequence | None]], adapter: Adapter) -> Tensor:
+def plain_loss(
+    hf: PreTrainedModel, layers: Layers, rows: list[list[Sequence | None]], adapter: Adapter
+) -> Tensor:
     """Mean cross-entropy of every sequence, [T, N] (0 if absent): one sequence a row, padded on the right."""
     tasks, most = len(rows), max(len(task) for task in rows)
     flat = [s for task in rows for s in (*task, *[None] * (most - len(task)))]
@@ -271,9 +273,6 @@ def textbook(
     return after
 
 
-Objective = Callable[[Adapter, Tensor], Tensor]
-
-
 @dataclass(frozen=True)
 class Truth:
     loss_T: Tensor
@@ -282,20 +281,33 @@ class Truth:
     lr: dict[str, Tensor]
 
 
-def unroll(world: World, rule: Rule, lr: float, K: int, last_steps: int | None = None) -> Truth:
-    """All K steps in one graph. `last_steps`: everything before them is a constant."""
+def unroll(
+    world: World, rule: Rule, lr: float, K: int, last_steps: int | None = None, packed: bool = False
+) -> Truth:
+    """All K steps in one graph. `last_steps`: everything before them is a constant. `packed`: the losses come from
+    mass's own packed forward pass, so that its rounding is the same in both and only the derivatives' differs.
+    """
+
+    def losses(inner: bool, adapter: Adapter) -> Tensor:
+        if not packed:
+            rows = world.examples if inner else world.targets
+            return plain_loss(world.hf, world.layers, rows, adapter)
+        batch = world.packed if inner else world.outer
+        logprob_M = forward.token_logprobs(world.hf, world.layers, batch, adapter, second_order=True)
+        return forward.example_loss(batch, logprob_M)
+
     weight = world.weight_TN.detach().requires_grad_()
     start = {key: x.detach().requires_grad_() for key, x in world.start.items()}
     rate = {key: x.requires_grad_() for key, x in rates(world, lr).items()}
     p, memory = start, {}
     for k in range(K):
-        loss = (weight * plain_loss(world.hf, world.layers, world.examples, p)).sum() / weight.shape[1]
+        loss = (weight * losses(True, p)).sum() / weight.shape[1]
         got = torch.autograd.grad(loss, list(p.values()), create_graph=True)
         p = textbook(rule, k, dict(zip(p, got, strict=True)), memory, p, rate)
         if last_steps is not None and k < K - last_steps:
             p = {key: x.detach().requires_grad_() for key, x in p.items()}
             memory = {key: x.detach() for key, x in memory.items()}
-    loss_T = plain_loss(world.hf, world.layers, world.targets, p).sum(1)
+    loss_T = losses(False, p).sum(1)
     wanted = [weight, *start.values(), *rate.values()]
     by = list(torch.autograd.grad(loss_T.sum(), wanted, allow_unused=True, materialize_grads=True))
     return Truth(
