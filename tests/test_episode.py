@@ -436,10 +436,12 @@ def test_an_exploded_task_is_dropped_from_every_gradient_through_the_inner_loop(
 
 
 def test_an_inner_loss_that_grows_too_much_explodes(monkeypatch: pytest.MonkeyPatch) -> None:
-    result = make_world(monkeypatch, "inner.lr=1000", "inner.max_growth=1.005", *ONLY_META).run()
-    assert result.metrics["meta/exploded"] == 1
-    assert result.metrics["inner/loss_last"] > 1.005 * result.metrics["inner/loss_first"]
-    assert all((g == 0).all() for g in result.gradients.values())
+    """At a rate far too large. Which tasks explode is the model's business; that they give no credit is ours."""
+    result = make_world(monkeypatch, "inner.lr=1000", "inner.max_growth=1.001", *ONLY_META).run()
+    dropped = (result.credit_TN == 0).all(1)
+    assert result.metrics["meta/exploded"] == dropped.double().mean() > 0
+    calm = make_world(monkeypatch, "inner.lr=1000", "inner.max_growth=100", *ONLY_META).run()
+    assert calm.metrics["meta/exploded"] == 0 and calm.credit_TN.abs().max(1).values.min() > 0
 
 
 def test_a_policy_that_is_kept_costs_no_generator_gradient(monkeypatch: pytest.MonkeyPatch) -> None:

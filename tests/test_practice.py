@@ -58,7 +58,7 @@ def write(
 
 def test_seeds_are_stable_and_differ_by_every_part() -> None:
     # pinned: a seed that changed with the Python version or machine would change what a run samples
-    assert seed_of(0, 3, "p1", 2) == 1551562866943226397
+    assert seed_of(0, 3, "p1", 2) == 6783232311231504771
     many = {seed_of(s, t, p, i) for s in range(3) for t in range(3) for p in ("a", "ab", "b") for i in range(3)}
     assert len(many) == 81 and all(0 <= x < 2**63 for x in many)
     assert seed_of("a", "bc") != seed_of("ab", "c")
@@ -90,11 +90,6 @@ def test_an_example_does_not_depend_on_what_shares_its_batch(chain: LanguageMode
     assert logprobs[0] != logprobs[1], "the adapter is used"
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="write_examples says that an example too long for the model's context is malformed (truncated); "
-    "nothing checks it",
-)
 def test_an_example_too_long_for_the_context_is_truncated() -> None:
     lm = tiny_lm("llama", torch.float32, max_position_embeddings=200)
     prompts = make_prompts(lm.tokenizer, "plain", None, None)
