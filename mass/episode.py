@@ -462,7 +462,8 @@ def _metrics(
         "generator/credit_length_correlation": outer.correlation(
             -by_score_TN[valid_TN].cpu(), length_TN[valid_TN.cpu()]
         ),
-        "credit/spread": _mean(by_score_TN[counts_T].std(1)) if by_score_TN.shape[1] > 1 else math.nan,
+        # Credits of a task sum to zero: their root mean square is their standard deviation.
+        "credit/spread": _mean(by_score_TN[counts_T].square().mean(1).sqrt()),
         "verifier/failures": float(before.failures + after.failures),
         "tokens/generated": float(sum(len(r.tokens) for r in rollouts)),
         "tokens/trained": float(practice.packed.size * len(tuned.trajectory.steps)),

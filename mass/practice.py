@@ -69,24 +69,7 @@ def write_examples(
     too long for the model's context are malformed ("truncated").
     """
     asked = [prompts.generate(text, shots) for text, shots in zip(targets, generate_shots, strict=True)]
-    rows = [(t, seed) for t, own in enumerate(seeds) for seed in own]
-    flat = generate(
-        lm,
-        [asked[t] for t, _ in rows],
-        seeds=[seed for _, seed in rows],
-        max_new_tokens=sampling.max_new_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        adapter=adapter,
-        stop_ids=prompts.stop_ids,
-        stop_strings=prompts.stop_strings,
-        batch_rows=sampling.batch_rows,
-    )
-    rollouts: list[list[Rollout]] = [[] for _ in targets]
-    for (t, _), rollout in zip(rows, flat, strict=True):
-        rollouts[t].append(rollout)
+    rollouts = _draw(lm, prompts, asked, seeds, sampling, adapter, None)
     examples = [
         filter_examples([parse_example(r.text, finished=r.finished) for r in own], target)
         for own, target in zip(rollouts, targets, strict=True)
@@ -211,9 +194,22 @@ def answer(
     seeds: Seq[Seq[int]],
 ) -> list[list[Rollout]]:
     """len(seeds[t]) solutions of each target t. An `adapter` of T tasks gives each target its own; of one, the same."""
-    rows = [(t, seed) for t, own in enumerate(seeds) for seed in own]
     asked = [prompts.solve(text, own) for text, own in zip(targets, shots, strict=True)]
     many = adapter is not None and next(iter(adapter.values())).shape[0] > 1
+    return _draw(lm, prompts, asked, seeds, sampling, adapter, range(len(targets)) if many else None)
+
+
+def _draw(
+    lm: LanguageModel,
+    prompts: Prompts,
+    asked: Seq[list[int]],
+    seeds: Seq[Seq[int]],
+    sampling: Sampling,
+    adapter: Adapter | None,
+    adapter_of: Seq[int] | None,
+) -> list[list[Rollout]]:
+    """len(seeds[t]) continuations of prompt t, all in one batch; `adapter_of[t]` is the adapter of its rows."""
+    rows = [(t, seed) for t, own in enumerate(seeds) for seed in own]
     flat = generate(
         lm,
         [asked[t] for t, _ in rows],
@@ -224,12 +220,12 @@ def answer(
         top_k=sampling.top_k,
         min_p=sampling.min_p,
         adapter=adapter,
-        adapter_index=[t for t, _ in rows] if many else None,
+        adapter_index=[adapter_of[t] for t, _ in rows] if adapter_of is not None else None,
         stop_ids=prompts.stop_ids,
         stop_strings=prompts.stop_strings,
         batch_rows=sampling.batch_rows,
     )
-    out: list[list[Rollout]] = [[] for _ in targets]
+    out: list[list[Rollout]] = [[] for _ in asked]
     for (t, _), rollout in zip(rows, flat, strict=True):
         out[t].append(rollout)
     return out

@@ -27,7 +27,7 @@ def clean_environment() -> dict[str, str]:
     launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "CROSS_RANK")
     env = {key: value for key, value in os.environ.items() if key not in launcher}
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *filter(None, [env.get("PYTHONPATH")])])
-    return env | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "COLUMNS": "200"}
+    return env | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
 
 
 @dataclass(frozen=True)
