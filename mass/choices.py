@@ -105,8 +105,7 @@ class Answered:
 
 def shots_for(kit: Kit, problem: Problem) -> Shots:
     """The few-shot material of a problem, as in training: fixed by seed and problem id."""
-    solve = pick_shots(kit.pool, kit.solve_shots, kit.seed, problem.id).solve
-    return Shots(solve, pick_shots(kit.pool, kit.generate_shots, kit.seed, problem.id).generate)
+    return pick_shots(kit.pool, kit.solve_shots, kit.seed, problem.id, pairs=kit.generate_shots)
 
 
 def sample(kit: Kit, problems: Seq[Problem], which: Seq[Seq[int]]) -> list[list[Rollout]]:

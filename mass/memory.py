@@ -66,7 +66,8 @@ class Live(TorchDispatchMode):
         out = func(*args, **kwargs)
         for tensor in _tensors(out):
             storage = tensor.untyped_storage()
-            self._note(storage, storage.nbytes())
+            # the zero tangents of forward mode have a size but no memory
+            self._note(storage, 0 if tensor._is_zerotensor() else storage.nbytes())
         if func._overloadpacket is torch.ops.aten.logsumexp:
             # the CPU's and CUDA's kernels make one temporary as large as their input
             self.peak = max(self.peak, self.now + args[0].nbytes)

@@ -191,14 +191,16 @@ def _close_up(text: str) -> str:
 
 
 class Shots(NamedTuple):
-    """The same number of shots for both prompts; the first j of k are those of a smaller draw."""
+    """Shots for both prompts; the first j of k are those of a smaller draw."""
 
     solve: tuple[SolveShot, ...]
     generate: tuple[GenerateShot, ...]
 
 
-def pick_shots(pool: Sequence["Task"], k: int, seed: int, problem_id: str) -> Shots:
-    """`k` shots of each kind from the pool for one target, drawn by hash from (seed, problem_id) alone.
+def pick_shots(
+    pool: Sequence["Task"], k: int, seed: int, problem_id: str, *, pairs: int | None = None
+) -> Shots:
+    """`k` solve shots and `pairs` generate shots (None: k) for one target, drawn by hash from (seed, problem_id) alone.
 
     The two problems of a generate shot are of one `source`. The target itself (by its id) is never a shot. Raises
     MassError when the pool is too small.
@@ -208,6 +210,7 @@ def pick_shots(pool: Sequence["Task"], k: int, seed: int, problem_id: str) -> Sh
         key = (seed, problem_id, task.problem.id, task.problem.text)
         return hashlib.sha256("\x1f".join(map(str, key)).encode()).digest()
 
+    pairs = k if pairs is None else pairs
     tasks = sorted((task for task in pool if task.problem.id != problem_id), key=order)
     if len(tasks) < k:
         raise MassError(
@@ -218,16 +221,16 @@ def pick_shots(pool: Sequence["Task"], k: int, seed: int, problem_id: str) -> Sh
     used: set[int] = set()
     for i, given in enumerate(tasks):
         partners = [j for j, task in enumerate(tasks) if task.source == given.source and j != i]
-        if i in used or not partners or len(generate) == k:
+        if i in used or not partners or len(generate) == pairs:
             continue
         # a fresh partner where there is one
         j = min(partners, key=lambda j: (j in used, j))
         used |= {i, j}
         generate.append((given.problem.text, tasks[j].problem.text, tasks[j].solution))
-    if len(generate) < k:
+    if len(generate) < pairs:
         raise MassError(
-            f"{k} pairs of problems of one source wanted as shots and {len(generate)} found among {len(tasks)}: "
-            f"raise prompt.pool to {2 * k} or more for each source, or lower prompt.generate_shots"
+            f"{pairs} pairs of problems of one source wanted as shots and {len(generate)} found among {len(tasks)}: "
+            f"raise prompt.pool to {2 * pairs} or more for each source, or lower prompt.generate_shots"
         )
     return Shots(solve, tuple(generate))
 

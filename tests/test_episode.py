@@ -394,7 +394,6 @@ def test_a_batch_without_a_valid_example_has_no_gradient_but_penalty_and_kl(
     assert all((g == 0).all() for key, g in punished.gradients.items() if key.startswith("scorer/"))
 
 
-@pytest.mark.xfail(strict=True, reason="credit/spread takes std() of no task at all, and torch warns on the console")
 def test_a_batch_without_a_valid_example_warns_of_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     world = make_world(monkeypatch, *SGD, examples=NOTHING)
     with warnings.catch_warnings():

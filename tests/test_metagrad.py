@@ -751,8 +751,8 @@ def test_no_cache_is_made(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_chunks_of_the_head_change_nothing(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     world = worlds.shared()
     whole = meta(world, engine, *RULES["sgd"], 2, need_init=True)
-    for module in (forward, metagrad):
-        monkeypatch.setattr(module, "CHUNK", 7)
+    monkeypatch.setattr(forward, "CHUNK_LOGITS", 7 * 259)
+    assert forward.chunk_rows(world.hf) == 7 < world.packed.label_M.numel()
     parts = meta(world, engine, *RULES["sgd"], 2, need_init=True)
     assert whole.init is not None and parts.init is not None
     assert error(parts.weight_TN, whole.weight_TN) < 1e-12
@@ -788,3 +788,17 @@ def test_packing_changes_nothing() -> None:
     for engine in EXACT:
         apart, together = (meta(w, engine, *RULES["sgd"], 2).weight_TN for w in (rows, world))
         assert error(apart, together) < 1e-11
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_shared_prefix_changes_nothing(engine: str) -> None:
+    """Examples that begin alike, with that prefix once in a row under an explicit mask."""
+    world = worlds.shared()
+    world = worlds.with_examples(world, worlds.alike(world.examples), world.targets)
+    once = replace(world, packed=pack(world.examples, 0, share=True))
+    assert once.packed.mask_B1SS is not None and once.packed.size < world.packed.size
+    got = meta(once, engine, *RULES["sgd"], 2, need_init=True)
+    want = worlds.unroll(world, *RULES["sgd"], 2)
+    assert got.init is not None
+    assert error(got.weight_TN, want.weight_TN) < BOUND[engine]
+    assert error(got.init, want.init) < BOUND[engine]

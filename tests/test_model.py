@@ -304,10 +304,10 @@ def test_failed_conversion_leaves_nothing(
     assert [file for file in (cache / "gguf").iterdir() if file.is_dir()] == []
     # what a killed process leaves is cleared away
     calls[0].mkdir()
-    (calls[0] / "config.json").write_text("{")
+    (calls[0] / "half.safetensors").write_text("{")
     monkeypatch.setattr(model, "_convert", fake_convert(calls))
     load(path, device="cpu", cache=cache)
-    assert not calls[0].exists()
+    assert not calls[0].exists() and not list(cache.rglob("half.safetensors"))
 
 
 def test_two_ranks_convert_once(gguf_package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -220,6 +220,11 @@ def test_fewer_shots_are_the_first_of_more() -> None:
     assert five.solve[:2] == two.solve and five.generate[:2] == two.generate
 
 
+def test_both_counts_in_one_draw() -> None:
+    both = pick_shots(POOL, 5, 7, "t", pairs=2)
+    assert both == (pick_shots(POOL, 5, 7, "t").solve, pick_shots(POOL, 2, 7, "t").generate)
+
+
 def test_generate_shots_are_of_one_source_and_solved() -> None:
     for seed in range(20):
         shots = pick_shots(POOL, 4, seed, "t")
@@ -244,6 +249,8 @@ def test_too_small_a_pool_says_so() -> None:
     lonely = [task(i, f"source {i}") for i in range(4)]
     with pytest.raises(MassError, match="2 pairs of problems of one source wanted"):
         pick_shots(lonely, 2, 0, "t")
+    # who wants no pairs is not asked for any
+    assert len(pick_shots(lonely, 2, 0, "t", pairs=0).solve) == 2
 
 
 # ---- the parser
@@ -341,9 +348,14 @@ def test_copies_of_the_target(problem: str, reason: str) -> None:
     assert (out.valid, out.reason) == (not reason, reason)
 
 
+def test_a_bare_target_is_found_by_whole_numbers() -> None:
+    examples = [good("14 + 3 ="), good("4 + 3 = ?"), good("4 + 3.5 =")]
+    assert [e.reason for e in filter_examples(examples, "4 + 3 =")] == ["", "copy", ""]
+
+
 def test_duplicates_are_of_an_earlier_valid_one() -> None:
     invalid = Example("a?", "Answer: 1", False, "truncated")
-    examples = [invalid, good("a?"), good("A ?"), good("a?", "Answer: 2"), good("b?"), good("b?")]
+    examples = [invalid, good("a?"), good("A ?"), good("a?", "Answer: 2"), good("b?"), good("b?"), invalid]
     out = filter_examples(examples, "target")
-    assert [e.reason for e in out] == ["truncated", "", "duplicate", "", "", "duplicate"]
+    assert [e.reason for e in out] == ["truncated", "", "duplicate", "", "", "duplicate", "truncated"]
     assert [(e.problem, e.solution) for e in out] == [(e.problem, e.solution) for e in examples]

