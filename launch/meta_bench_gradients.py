@@ -11,25 +11,17 @@ import gc
 import resource
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from meta_bench_methods import LORA, METHODS, SHAPE, Row, Setup, build, outer_only, unrolled, wait, warm
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from mass import lora, metagrad, optimizers
-from mass.batch import Packed, Sequence, pack
-from mass.blocks import Call, Split, differentiable_attention, enter, model_inputs, split
-from mass.forward import example_loss, logits, loss_and_grad, token_logprobs
-from mass.inner import Trajectory, adapt
-from mass.lora import Adapter, Layers, LoraShape
-from mass.metagrad import Products
-from mass.optimizers import Rule
-
-Row = dict[str, Any]
+from mass import lora
+from mass.memory import predict
 
 OURS = {
     "reverse": "reverse, each step recomputed",
@@ -39,21 +31,17 @@ OURS = {
     "finite_difference_one": "one-sided differences",
 }
 PEERS = {"torchopt": "TorchOpt MetaSGD", "higher": "higher innerloop_ctx"}
+# How the memory model is asked for them.
+PREDICT: dict[str, dict[str, Any]] = {
+    "reverse": {"engine": "reverse"},
+    "blockwise": {"engine": "blockwise", "checkpoint": True},
+    "blockwise_kept": {"engine": "blockwise", "recompute": False},
+    "finite_difference": {"engine": "finite_difference"},
+    "finite_difference_one": {"engine": "finite_difference"},
+}
 ENGINES = ["first_order", "unrolled", *PEERS, *OURS]
 
-SHAPE = {
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "max_position_embeddings": 8192,
-    "tie_word_embeddings": True,
-}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
-RANK, EXAMPLES, REAL_EXAMPLES, REAL_TASKS = 8, 4, 6, 8
-LR = 0.1
+EXAMPLES, REAL_EXAMPLES, REAL_TASKS = 4, 6, 8
 # Errors are measured on a shallow model: float64 unrolling at full depth takes tens of GB.
 ERROR_LAYERS, ERROR_TOKENS, ERROR_TASKS = 4, 32, 2
 
@@ -69,6 +57,7 @@ COLUMNS = {
     "peak_gb": ("peak GB", ".3f"),
     "peak_ratio": ("/ first order", ".2f"),
     "predicted_gb": ("predicted GB", ".3f"),
+    "malloc_gb": ("as malloc leaves it", ".3f"),
     "products": ("products", ".2f"),
     "least": ("least", ".2f"),
     "rel_error": ("rel. error", ".1e"),
@@ -77,7 +66,9 @@ COLUMNS = {
 }
 NOTES = [
     "seconds: the K inner steps, the outer gradient and the way back; of `first_order` the K inner steps alone.",
-    "peak GB: most memory during that, over what was held before (weights, adapter, data).",
+    "peak GB: most memory during that, over what was held before (weights, adapter, data): on CUDA what is allocated, on a CPU "
+    "what is resident, in a run of its own whose allocator gives freed blocks back (MALLOC_MMAP_THRESHOLD_=65536); as malloc "
+    "leaves it: the same in the timed runs, with the blocks that the allocator keeps for later.",
     "products: matrix products (FLOPs) over those of K first-order steps, the outer gradient left out; least: what an exact method needs "
     "that saves everything and does nothing twice (2 a step; 1.5 for the step whose Hessian product nobody asked for).",
     f"rel. error: |dL/dw - truth| / |truth|, truth = float64 unrolling of the same case with {ERROR_LAYERS} layers, "
@@ -87,39 +78,14 @@ NOTES = [
 ]
 
 
-@dataclass(frozen=True)
-class Setup:
-    """One model and one batch. `each` holds every task as a batch of its own, for the peers."""
-
-    hf: PreTrainedModel
-    layers: Layers
-    parts: Split
-    inner: Packed
-    outer: Packed
-    each: list[tuple[Packed, ...]]
-    weight_TN: Tensor
-    start: Adapter
-    rule: Rule
-    lr: dict[str, Tensor]
-    K: int
-    init: bool
-
-
-@dataclass(frozen=True)
-class Answer:
-    """dL/dw [T, N], dL/dphi_0 when asked for, and seconds by stage."""
-
-    weight_TN: Tensor
-    init: Adapter | None
-    seconds: dict[str, float]
-
-
 # ---- cases
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--full", action="store_true", help="every K with every length and number of tasks")
-    parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"], help="depth of the model [30]")
+    parser.add_argument(
+        "--layers", type=int, default=SHAPE["num_hidden_layers"], help="depth of the model [30]"
+    )
     parser.add_argument("--init", action="store_true", help="also the gradient of the initial adapter")
     parser.add_argument("--device", default="cpu", help="cpu or cuda [cpu]")
 
@@ -130,10 +96,18 @@ def cases(args: argparse.Namespace) -> list[Row]:
     if args.full:
         grid = [(k, s, t) for t in every[2] for s in every[1] for k in every[0]]
     else:
-        grid = [*((k, 128, 1) for k in every[0]), *((2, s, 1) for s in every[1]), *((2, 128, t) for t in every[2])]
+        grid = [
+            *((k, 128, 1) for k in every[0]),
+            *((2, s, 1) for s in every[1]),
+            *((2, 128, t) for t in every[2]),
+        ]
     common = {"layers": args.layers, "device": args.device, "init": args.init}
     plain = {"case": "grid", "examples": EXAMPLES, "dtype": "fp32"} | common
-    rows = [plain | {"engine": e, "K": k, "tokens": s, "tasks": t} for k, s, t in dict.fromkeys(grid) for e in ENGINES]
+    rows = [
+        plain | {"engine": e, "K": k, "tokens": s, "tasks": t}
+        for k, s, t in dict.fromkeys(grid)
+        for e in ENGINES
+    ]
     real = {"case": "real", "examples": REAL_EXAMPLES, "K": 2, "tokens": 128, "tasks": REAL_TASKS} | common
     return rows + [
         real | {"engine": e, "dtype": d}
@@ -151,7 +125,9 @@ def finish(rows: list[Row]) -> list[Row]:
     """Ratios to the first-order row of the same case (the real batch: to TorchOpt's)."""
     keys = ("case", "K", "tokens", "tasks")
     against = {"grid": "first_order", "real": "torchopt"}
-    base = {tuple(r[k] for k in keys): r for r in rows if r["engine"] == against[r["case"]] and "seconds" in r}
+    base = {
+        tuple(r[k] for k in keys): r for r in rows if r["engine"] == against[r["case"]] and "seconds" in r
+    }
     for row in rows:
         own = base.get(tuple(row[k] for k in keys))
         if own and "seconds" in row:
@@ -178,7 +154,13 @@ def plot(rows: list[Row], file: Path) -> None:
         if own:
             axes.plot([r["peak_gb"] for r in own], [r["seconds"] for r in own], "o-", label=engine)
             for r in own:
-                axes.annotate(f"K={r['K']}", (r["peak_gb"], r["seconds"]), fontsize=7, xytext=(3, 3), textcoords="offset points")
+                axes.annotate(
+                    f"K={r['K']}",
+                    (r["peak_gb"], r["seconds"]),
+                    fontsize=7,
+                    xytext=(3, 3),
+                    textcoords="offset points",
+                )
     axes.set(xscale="log", yscale="log", xlabel="peak memory over the weights, GB", ylabel="seconds")
     axes.set_title(f"{EXAMPLES} x {spot[0]} tokens, {spot[1]} task(s)")
     axes.grid(alpha=0.3, which="both")
@@ -192,7 +174,7 @@ def plot(rows: list[Row], file: Path) -> None:
 
 
 def measure(case: Row) -> Row:
-    """Seconds, peak over the weights, and (with `check`) errors and counts of products of one case."""
+    """Time of one case; with `check`, instead, its memory, its error and its count of products."""
     torch.set_num_threads(case["threads"])
     setup = build(case)
     method = METHODS[case["engine"]]
@@ -200,62 +182,28 @@ def measure(case: Row) -> Row:
     before = _reset_peak(case["device"])
     begin = time.perf_counter()
     answer = method(setup)
-    _wait(case["device"])
+    wait(case["device"])
     seconds = time.perf_counter() - begin
-    row: Row = {"seconds": seconds, "peak_gb": _peak(case["device"], before) / 1e9}
+    peak_gb = _peak(case["device"], before) / 1e9
+    if case["check"]:
+        return {"peak_gb": peak_gb} | predicted(case, setup) | check(case)
+    row: Row = {"seconds": seconds, "malloc_gb": peak_gb}
     row |= {f"seconds_{stage}": value for stage, value in answer.seconds.items()}
     if case["engine"] == "first_order":
         row["seconds"] = answer.seconds["inner"]
-    return row | (check(case) if case["check"] else {})
+    return row
 
 
-def build(case: Row) -> Setup:
-    """The case's model and batch. The same numbers for every engine, dtype and device (seed 0)."""
-    dtype, device, T, N, S = (case[key] for key in ("dtype", "device", "tasks", "examples", "tokens"))
-    shape = SHAPE | {"num_hidden_layers": case["layers"]} | case.get("shape", {})
-    torch.manual_seed(0)
-    hf = LlamaForCausalLM(LlamaConfig(**shape)).eval().requires_grad_(False)
-    for parameter in hf.parameters():
-        parameter.data = parameter.data.to(device, DTYPES[dtype])
-    hf.to(device)
-    layers = lora.attach(hf, LoraShape(RANK, 2.0 * RANK, ("all-linear",)))
-    gen = torch.Generator().manual_seed(0)
-    policy = lora.fresh(layers, RANK, gen)
-    exact = torch.float64 if dtype == "fp64" else torch.float32
-    for key, value in policy.items():
-        if key.endswith(".B"):
-            policy[key] = torch.empty(value.shape).normal_(0, 0.02, generator=gen).to(device)
-    start = lora.expand({key: value.to(exact) for key, value in policy.items()}, T)
-
-    def sequence(length: int, prompt: int) -> Sequence:
-        return Sequence(torch.randint(shape["vocab_size"], (length,), generator=gen).tolist(), prompt)
-
-    def example() -> Sequence:
-        if case["case"] != "real":
-            return sequence(S, S // 2)
-        length = int(torch.randint(S // 4, S + 1, (1,), generator=gen))
-        return sequence(length, int(torch.randint(length // 4, length // 2 + 1, (1,), generator=gen)))
-
-    inner = [[example() for _ in range(N)] for _ in range(T)]
-    outer = [[example()] for _ in range(T)]
-    row = None if case["case"] == "real" else S
-    weight_TN = (0.5 + torch.rand(T, N, generator=gen)).to(device, exact)
-    packed = [pack(batch, 0, device, row) for batch in (inner, outer)]
-    each = [(pack([a], 0, device, row), pack([b], 0, device, row)) for a, b in zip(inner, outer, strict=True)]
-    lr = {key: torch.tensor(LR, dtype=exact, device=device) for key in start}
-    return Setup(
-        hf, layers, split(hf, layers), *packed, each, weight_TN, start, Rule(), lr, case["K"], case["init"]
+def predicted(case: Row, setup: Setup) -> Row:
+    """What the memory model says of the case (our engines only)."""
+    if case["engine"] not in PREDICT:
+        return {}
+    lora.detach(setup.hf, setup.layers)
+    peak = predict(
+        setup.hf, setup.parts, LORA, setup.inner, setup.outer, steps=setup.K, need_init=setup.init, **PREDICT[case["engine"]]
     )  # fmt: skip
-
-
-def warm(setup: Setup) -> Setup:
-    """The same model with a batch of a few tokens: libraries load and set themselves up, little memory is touched."""
-    T, N = setup.weight_TN.shape
-    device = setup.weight_TN.device
-    few = pack([[Sequence([1, 2, 3, 4], 2)] * N] * T, 0, device, 4)
-    one = pack([[Sequence([1, 2, 3, 4], 2)]] * T, 0, device, 4)
-    each = [tuple(pack([[Sequence([1, 2, 3, 4], 2)] * n], 0, device, 4) for n in (N, 1))] * T
-    return replace(setup, inner=few, outer=one, each=each, K=1)
+    lora.attach(setup.hf, LORA)
+    return {"predicted_gb": peak.total / 1e9}
 
 
 def check(case: Row) -> Row:
@@ -285,7 +233,7 @@ def _products(case: Row, method: Callable[[Setup], Any]) -> float:
     for layers in (1, 2):
         setup = build(case | {"layers": layers, "dtype": "fp32"})
         # the CPU's fused attention has no formula in the counter
-        with differentiable_attention(), FlopCounterMode(display=False) as counter:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             method(setup)
         found.append(counter.get_total_flops())
     return found[0] + (case["layers"] - 1) * (found[1] - found[0])
@@ -323,214 +271,3 @@ def _peak(device: str, before: float) -> float:
     if device != "cpu":
         return torch.cuda.max_memory_allocated() - before
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0 - before
-
-
-def _wait(device: str) -> None:
-    if device != "cpu":
-        torch.cuda.synchronize()
-
-
-# ---- the methods
-
-
-def _inner(setup: Setup, parts: Split | None) -> Trajectory:
-    n = setup.weight_TN.shape[1]
-
-    def gradient(adapter: Adapter) -> tuple[Tensor, Adapter]:
-        def loss(logprob_M: Tensor) -> Tensor:
-            return (setup.weight_TN * example_loss(setup.inner, logprob_M)).sum() / n
-
-        _, logprob_M, grad = loss_and_grad(setup.hf, setup.layers, setup.inner, adapter, loss, parts=parts)
-        return example_loss(setup.inner, logprob_M), grad
-
-    return adapt(gradient, setup.start, setup.rule, setup.lr, setup.K)
-
-
-def _outer(setup: Setup, adapter: Adapter, parts: Split | None) -> Adapter:
-    def loss(logprob_M: Tensor) -> Tensor:
-        return example_loss(setup.outer, logprob_M).sum()
-
-    return loss_and_grad(setup.hf, setup.layers, setup.outer, adapter, loss, parts=parts)[2]
-
-
-def _ours(make: Callable[[Setup], Products], blocks: bool) -> Callable[[Setup], Answer]:
-    def method(setup: Setup) -> Answer:
-        parts = setup.parts if blocks else None
-        device = str(setup.weight_TN.device)
-        marks = [time.perf_counter()]
-        trajectory = _inner(setup, parts)
-        _wait(device)
-        marks.append(time.perf_counter())
-        outer_grad = _outer(setup, trajectory.adapter, parts)
-        _wait(device)
-        marks.append(time.perf_counter())
-        found = metagrad.sweep(make(setup), trajectory, outer_grad, need_init=setup.init)
-        _wait(device)
-        marks.append(time.perf_counter())
-        spans = [b - a for a, b in zip(marks, marks[1:], strict=False)]
-        return Answer(found.weight_TN, found.init, dict(zip(("inner", "outer", "sweep"), spans, strict=True)))
-
-    return method
-
-
-def first_order(setup: Setup) -> Answer:
-    """The baseline: K plain autograd steps, the fast attention kernel, logits at the target positions only."""
-    begin = time.perf_counter()
-    adapter, state = setup.start, optimizers.init(setup.rule, setup.start)
-    for k in range(setup.K):
-        leaf = {key: value.detach().requires_grad_() for key, value in adapter.items()}
-        loss = (setup.weight_TN * example_loss(setup.inner, _plain(setup, setup.inner, leaf))).sum()
-        grads = torch.autograd.grad(loss / setup.weight_TN.shape[1], list(leaf.values()))
-        with torch.no_grad():
-            grad = dict(zip(leaf, grads, strict=True))
-            adapter, state = optimizers.update(setup.rule, k, grad, state, adapter, setup.lr)
-    _wait(str(setup.weight_TN.device))
-    middle = time.perf_counter()
-    outer_only(setup)
-    return Answer(setup.weight_TN, None, {"inner": middle - begin, "outer": time.perf_counter() - middle})
-
-
-def outer_only(setup: Setup) -> None:
-    """The outer gradient by plain autograd: what every row has in common."""
-    leaf = {key: value.detach().requires_grad_() for key, value in setup.start.items()}
-    torch.autograd.grad(example_loss(setup.outer, _plain(setup, setup.outer, leaf)).sum(), list(leaf.values()))
-
-
-def _plain(setup: Setup, packed: Packed, adapter: Adapter) -> Tensor:
-    with lora.using(setup.layers, adapter):
-        out = setup.hf.base_model(**model_inputs(setup.hf, packed), use_cache=False)
-    hidden_MD = out.last_hidden_state.flatten(0, 1)[packed.place_M]
-    return -nn.functional.cross_entropy(logits(setup.hf, hidden_MD), packed.label_M, reduction="none")
-
-
-def unrolled(setup: Setup) -> Answer:
-    """All K steps in one graph (`create_graph`), the batched LoRA layers of ours."""
-    weight = setup.weight_TN.detach().requires_grad_()
-    first = {key: value.detach().requires_grad_() for key, value in setup.start.items()}
-    adapter, state = first, optimizers.init(setup.rule, first)
-    for k in range(setup.K):
-        logprob_M = token_logprobs(setup.hf, setup.layers, setup.inner, adapter, second_order=True)
-        total = (weight * example_loss(setup.inner, logprob_M)).sum() / weight.shape[1]
-        grads = torch.autograd.grad(total, list(adapter.values()), create_graph=True)
-        adapter, state = optimizers.update(
-            setup.rule, k, dict(zip(adapter, grads, strict=True)), state, adapter, setup.lr
-        )
-    loss = example_loss(setup.outer, token_logprobs(setup.hf, setup.layers, setup.outer, adapter)).sum()
-    by_weight, *by_first = torch.autograd.grad(loss, [weight, *(first.values() if setup.init else ())])
-    return Answer(by_weight, dict(zip(first, by_first, strict=True)) if setup.init else None, {})
-
-
-class Pair(nn.Module):
-    """A LoRA pair as ordinary parameters, as a user of the peers has them."""
-
-    def __init__(self, a_RI: Tensor, b_OR: Tensor) -> None:
-        super().__init__()
-        self.A, self.B = nn.Parameter(a_RI.clone()), nn.Parameter(b_OR.clone())
-
-
-class PlainLora(nn.Module):
-    """A frozen linear layer and its pair, no task axis."""
-
-    def __init__(self, base: nn.Linear, pair: Pair, scale: float) -> None:
-        super().__init__()
-        self.base, self.pair, self.scale = base, pair, scale
-
-    def forward(self, x: Tensor) -> Tensor:
-        update = nn.functional.linear(nn.functional.linear(x.to(self.pair.A.dtype), self.pair.A), self.pair.B)
-        return self.base(x) + (update * self.scale).to(x.dtype)
-
-
-class Net(nn.Module):
-    """The decoder as a plain module: `higher` cannot patch one that slices its list of blocks."""
-
-    def __init__(self, setup: Setup) -> None:
-        super().__init__()
-        self.blocks, self.norm = nn.ModuleList(setup.parts.blocks), setup.parts.norm
-        self.head = setup.hf.get_output_embeddings()
-
-    def forward(self, call: Call, packed: Packed) -> Tensor:
-        """The loss of each example, [1, N]."""
-        hidden = call.hidden_BSD
-        for block, (args, kwargs) in zip(self.blocks, call.arguments, strict=True):
-            hidden = block(hidden, *args, **kwargs)
-        hidden_MD = self.norm(hidden).flatten(0, 1)[packed.place_M]
-        loss_M = nn.functional.cross_entropy(self.head(hidden_MD), packed.label_M, reduction="none")
-        return packed.mean_by_example(loss_M)
-
-
-def _peer(one: Callable[..., tuple[Tensor, list[Tensor]]]) -> Callable[[Setup], Answer]:
-    """Task by task on a plain module."""
-
-    def method(setup: Setup) -> Answer:
-        lora.detach(setup.hf, setup.layers)
-        weights, firsts = [], []
-        try:
-            for t, (inner, outer) in enumerate(setup.each):
-                pairs = {}
-                for key, layer in setup.layers.items():
-                    pairs[key] = Pair(setup.start[f"{key}.A"][t], setup.start[f"{key}.B"][t])
-                    owner = setup.hf.get_submodule(key.rpartition(".")[0])
-                    setattr(owner, key.rpartition(".")[2], PlainLora(layer.base, pairs[key], layer.scale))
-                with differentiable_attention():
-                    weight, first = one(setup, Net(setup), nn.ModuleList(pairs.values()), inner, outer, t)
-                weights.append(weight)
-                firsts.append(first)
-        finally:
-            for key, layer in setup.layers.items():
-                setattr(setup.hf.get_submodule(key.rpartition(".")[0]), key.rpartition(".")[2], layer)
-        init = dict(zip(setup.start, map(torch.stack, zip(*firsts, strict=True)), strict=True)) if setup.init else None
-        return Answer(torch.cat(weights), init, {})
-
-    return method
-
-
-def _torchopt(
-    setup: Setup, net: Net, pairs: nn.ModuleList, inner: Packed, outer: Packed, t: int
-) -> tuple[Tensor, list[Tensor]]:
-    import torchopt
-
-    weight = setup.weight_TN[t : t + 1].detach().requires_grad_()
-    first = list(pairs.parameters())
-    call, last = (enter(setup.parts, p) for p in (inner, outer))
-    optimizer = torchopt.MetaSGD(pairs, lr=LR)
-    for _ in range(setup.K):
-        optimizer.step((weight * net(call, inner)).sum() / weight.shape[1])
-    wanted = [weight, *(first if setup.init else ())]
-    by_weight, *by_first = torch.autograd.grad(net(last, outer).sum(), wanted)
-    return by_weight, by_first
-
-
-def _higher(
-    setup: Setup, net: Net, pairs: nn.ModuleList, inner: Packed, outer: Packed, t: int
-) -> tuple[Tensor, list[Tensor]]:
-    import higher
-
-    weight = setup.weight_TN[t : t + 1].detach().requires_grad_()
-    first = list(pairs.parameters())
-    call, last = (enter(setup.parts, p) for p in (inner, outer))
-    optimizer = torch.optim.SGD(first, lr=LR)
-    with higher.innerloop_ctx(net, optimizer, copy_initial_weights=False) as (fast, steps):
-        for _ in range(setup.K):
-            steps.step((weight * fast(call, inner)).sum() / weight.shape[1])
-        wanted = [weight, *(first if setup.init else ())]
-        by_weight, *by_first = torch.autograd.grad(fast(last, outer).sum(), wanted)
-    return by_weight, by_first
-
-
-METHODS: dict[str, Callable[[Setup], Answer]] = {
-    "first_order": first_order,
-    "unrolled": unrolled,
-    "torchopt": _peer(_torchopt),
-    "higher": _peer(_higher),
-    "reverse": _ours(lambda s: metagrad.reverse(s.hf, s.layers, s.inner, s.weight_TN), blocks=False),
-    "blockwise": _ours(lambda s: metagrad.blockwise(s.hf, s.parts, s.inner, s.weight_TN), blocks=True),
-    "blockwise_kept": _ours(
-        lambda s: metagrad.blockwise(s.hf, s.parts, s.inner, s.weight_TN, recompute=False), blocks=False
-    ),
-    "finite_difference": _ours(
-        lambda s: metagrad.finite_difference(s.hf, s.layers, s.inner, s.weight_TN), blocks=False
-    ),
-    "finite_difference_one": _ours(
-        lambda s: metagrad.finite_difference(s.hf, s.layers, s.inner, s.weight_TN, central=False), blocks=False
-    ),
-}

@@ -27,7 +27,7 @@ from mass.blocks import Split, split
 from mass.choices import Kit
 from mass.episode import answer_sampling, example_sampling
 from mass.errors import MassError
-from mass.forward import check_head
+from mass.forward import check_model
 from mass.log import no_space
 from mass.lora import LoraShape, attach, load_peft, read_peft_shape
 from mass.methods import METHODS, Record, find, solve
@@ -93,7 +93,7 @@ def build_kit(plan: Plan) -> Kit:
     pool = _pool(plan)
     m = r.model
     hf, tokenizer = load(m.path, dtype=m.dtype, device=m.device, cache=m.cache, attention=m.attention)
-    check_head(hf)
+    check_model(hf)
     # before the slots change the parameters' names
     print_of = checkpoint.fingerprint(hf.named_parameters()) if plan.step else None
     folder = plan.step / "policy" if plan.step else plan.peft

@@ -82,7 +82,7 @@ def pack(
 ) -> Packed:
     """Pack N sequences (None: absent) of each of T tasks. Every task gets the same number of rows.
 
-    `row` caps the tokens of a row (default: chosen, at most four times the longest sequence, since attention costs grow
+    `row` caps the tokens of a row (default: chosen, at most eight times the longest sequence, since attention costs grow
     with the square of a row's length). A sequence is never cut: the caller has to keep to the model's context.
     `share` puts the common prefix of a task's sequences once into a row. For models whose layers all attend to the
     whole context: the mask knows no sliding window (`blocks.attends_fully`).
@@ -146,7 +146,7 @@ def _common(sequences: Seq[Sequence]) -> int:
     """How many prompt tokens all sequences of a task begin with; 0 when there is nothing to share."""
     if len(sequences) < 2:
         return 0
-    most = min(s.prompt for s in sequences)
+    most = min(min(s.prompt, len(s.tokens)) for s in sequences)
     first = sequences[0].tokens
     for i in range(most):
         if any(s.tokens[i] != first[i] for s in sequences):
@@ -174,7 +174,7 @@ def _choose(
 ) -> tuple[int, list[list[int]]]:
     """The row width with the least work, and the row of each task's sequences (first fit, longest first)."""
     total = max((sum(task) + p for task, p in zip(lengths, prefix, strict=True)), default=1)
-    top = max(longest, min(total, row or 4 * longest))
+    top = max(longest, min(total, row or 8 * longest))
     widths = sorted({longest, top, *(longest + (top - longest) * i // 24 for i in range(25))})
     best: tuple[float, int, list[list[int]]] | None = None
     for width in widths:

@@ -6,6 +6,7 @@ run once with the blocks stubbed out and what each would have been called with i
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -77,7 +78,11 @@ def attends_fully(hf: PreTrainedModel) -> bool:
 
 
 def model_inputs(hf: PreTrainedModel, packed: Packed) -> dict[str, Tensor]:
-    """The model's keyword arguments for a packed batch."""
+    """The model's keyword arguments for a packed batch. Raises MassError for a model in train mode: its dropout would
+    differ between the passes of which one gradient is made.
+    """
+    if hf.training:
+        raise MassError(f"{type(hf).__name__} is in train mode: call model.eval() first")
     inputs = {"input_ids": packed.tokens_BS, "position_ids": packed.positions_BS}
     if packed.mask_B1SS is not None:
         # Additive, in the model's dtype: the one form that every attention implementation takes as it is.
@@ -119,12 +124,33 @@ def of_block(parts: Split, i: int, adapter: Mapping[str, Tensor]) -> Adapter:
 
 
 @contextlib.contextmanager
-def differentiable_attention() -> Iterator[None]:
-    """Only attention kernels that have a second derivative and a forward mode: flash and memory-efficient kernels, and
-    the CPU's, have neither. Needed around inner losses only; generation and outer losses keep the fast kernels.
+def second_order(hf: nn.Module) -> Iterator[None]:
+    """Only operations whose second derivative and forward mode exist and are right.
+
+    Flash and memory-efficient attention, and the CPU's kernel, have neither. LayerNorm has both, but in torch 2.13 the
+    gradient of its tangent takes the saved mean and deviation for constants; written out, it is right. Needed around
+    inner losses only; generation and outer losses keep the fast kernels.
     """
-    with sdpa_kernel(SDPBackend.MATH):
-        yield
+    norms = [module for module in hf.modules() if type(module) is nn.LayerNorm]
+    for module in norms:
+        module.forward = functools.partial(_layer_norm, module)  # type: ignore[method-assign]
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        for module in norms:
+            del module.forward
+
+
+def _layer_norm(module: nn.LayerNorm, x: Tensor) -> Tensor:
+    dims = tuple(range(-len(module.normalized_shape), 0))
+    # As torch's kernel: statistics in fp32 at least, the result in the input's dtype.
+    wide = x if x.dtype == torch.float64 else x.float()
+    centred = wide - wide.mean(dims, keepdim=True)
+    y = centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + module.eps)
+    if module.weight is not None:
+        y = y * module.weight
+    return (y if module.bias is None else y + module.bias).to(x.dtype)
 
 
 def _agrees(parts: Split) -> bool:
@@ -133,11 +159,13 @@ def _agrees(parts: Split) -> bool:
     tokens = [1 + i % (vocabulary - 1) for i in range(8)]
     probe = pack([[Sequence(tokens, 1)]], 0, device)
     with torch.no_grad(), using(parts.layers, None):
-        call = enter(parts, probe)
-        if len(call.arguments) != len(parts.blocks):
+        try:
+            call = enter(parts, probe)
+            hidden = call.hidden_BSD
+            for i in range(len(parts.blocks)):
+                hidden = run_block(parts, call, i, hidden, {})
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
+            # Blocks that are called or answer otherwise than a decoder's do.
             return False
-        hidden = call.hidden_BSD
-        for i in range(len(parts.blocks)):
-            hidden = run_block(parts, call, i, hidden, {})
         whole = parts.body(**model_inputs(parts.body, probe), use_cache=False).last_hidden_state
     return torch.allclose(parts.norm(hidden), whole, rtol=1e-3, atol=1e-3)

@@ -118,7 +118,8 @@ class Outer:
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
             "gradient_clipping": clip,
-            "zero_optimization": {"stage": stage},
+            # At stage 3 DeepSpeed would put a linear without forward mode in the place of torch's, for the whole process.
+            "zero_optimization": {"stage": stage, "memory_efficient_linear": False},
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 10**9,
         }
@@ -144,20 +145,27 @@ class Outer:
         """The rate that the next step uses."""
         return self.lr[group] * min(1.0, (self.step_count + 1) / max(1, self.warmup))
 
-    def step(self, gradients: Mapping[str, Tensor]) -> bool:
-        """One optimizer step on the mean over ranks of `gradients`. Returns False, and changes nothing on any rank, when
-        some rank's gradient is not finite.
+    def step(self, gradients: Mapping[str, Tensor]) -> tuple[bool, dict[str, float]]:
+        """One optimizer step on the mean over ranks of `gradients`.
+
+        Returns whether it was taken, and the norm of each group's mean gradient before clipping. Where the mean is not
+        finite, nothing is changed on any rank.
         """
-        finite = all_finite(gradients.values())
-        if not finite:
+        gradients = mean_over_ranks(gradients)
+        norms = {
+            group: sum(g.square().sum().item() for key, g in gradients.items() if key.startswith(f"{group}/"))
+            ** 0.5
+            for group in self.lr
+        }
+        if not all(torch.isfinite(g).all() for g in gradients.values()):
             self.step_count += 1
-            return False
+            return False, norms
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(group["name"])
         self.engine.backward(self.engine(gradients))
         self.engine.step()
         self.step_count += 1
-        return True
+        return True, norms
 
     def state(self) -> dict[str, Tensor]:
         """Optimizer state, whole on every rank: Adam's moments as `"m:<name>"`, `"v:<name>"`, and the step counts."""
@@ -251,10 +259,17 @@ def _shape(p: nn.Parameter) -> torch.Size:
     return getattr(p, "ds_shape", p.shape)
 
 
-def all_finite(tensors) -> bool:  # type: ignore[no-untyped-def]
-    """True when every element is finite on every rank."""
-    bad = any(not torch.isfinite(x).all() for x in tensors)
-    return reduce_sum([float(bad)])[0] == 0
+def mean_over_ranks(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The mean of each tensor over all ranks, the same bits on each. DeepSpeed's own mean of equal parts changes nothing
+    more; known here, the gradient's norm can be logged and its step left out before the engine sees it.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return dict(tensors)
+    flat = torch.cat([x.flatten() for x in tensors.values()])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    parts = flat.split([x.numel() for x in tensors.values()])
+    return {key: part.view_as(x) for (key, x), part in zip(tensors.items(), parts, strict=True)}
 
 
 def reduce_sum(values: list[float]) -> list[float]:

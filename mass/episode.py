@@ -210,9 +210,7 @@ def run(
     if show:
         with clock("generate"):
             answers = _show(setting, targets[:show], solve_shots[:show], one, tuned, show)
-    metrics = _metrics(
-        setting, practice, score_TN, weight_TN, by_score_TN, tuned, before, after, gradients, counts_T
-    )
+    metrics = _metrics(setting, practice, score_TN, weight_TN, by_score_TN, tuned, before, after, counts_T)
     metrics["policy/kl"] = kl
     if N > 1:
         metrics["generator/advantage_spread"] = advantage_TN.std(1).mean().item()
@@ -435,7 +433,6 @@ def _metrics(
     tuned: Tuned,
     before: _Outer,
     after: _Outer,
-    gradients: Mapping[str, Tensor],
     counts_T: Tensor,
 ) -> dict[str, float]:
     valid_TN = practice.valid_TN
@@ -454,8 +451,6 @@ def _metrics(
         "inner/padding": practice.packed.padding,
         "scorer/effective_examples": _mean(scorer.effective_examples(weight_TN)[has_T]),
         "scorer/score_std": _mean(scorer.saturation(score_TN.detach(), valid_TN)[has_T].sqrt()),
-        "scorer/grad_norm": _norm(gradients, "scorer/"),
-        "policy/grad_norm": _norm(gradients, "policy/"),
         "generator/valid": valid_TN.float().mean().item(),
         "generator/length": sum(len(r.tokens) for r in rollouts) / len(rollouts),
         "generator/empty_tasks": 1 - has_T.float().mean().item(),
@@ -480,10 +475,6 @@ def _metrics(
 
 def _mean(x: Tensor) -> float:
     return x.mean().item() if x.numel() else math.nan
-
-
-def _norm(gradients: Mapping[str, Tensor], prefix: str) -> float:
-    return math.sqrt(sum(g.square().sum().item() for key, g in gradients.items() if key.startswith(prefix)))
 
 
 class Clock:

@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mass.batch import Packed
-from mass.blocks import Split, differentiable_attention, enter, model_inputs, of_block, run_block
+from mass.blocks import Split, enter, model_inputs, of_block, run_block
+from mass.blocks import second_order as second_order_ops
 from mass.errors import MassError
 from mass.lora import Adapter, Layers, using
 
@@ -29,16 +30,31 @@ def logits(hf: PreTrainedModel, hidden_MD: Tensor) -> Tensor:
     return torch.tanh(out / cap) * cap if cap else out
 
 
-def check_head(hf: PreTrainedModel) -> None:
-    """Raise MassError when `logits` is not how this architecture makes its logits (a scale we do not know, say)."""
-    tokens = torch.arange(4, device=next(hf.parameters()).device).view(1, 4)
+def check_model(hf: PreTrainedModel) -> None:
+    """Raise MassError for an architecture whose logits are not made as `logits` makes them (a scale that we do not know,
+    say), or whose attention does not take restarting position ids for the borders of packed sequences.
+    """
+    sorry = "Models of the Llama, Qwen, Gemma, Mistral and GPT-NeoX families work."
+    device = next(hf.parameters()).device
+    # Two sequences in one row; the second would see the first where only the causal mask holds.
+    tokens = torch.tensor([[1, 2, 3, 4, 5, 3, 2, 1]], device=device)
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]], device=device)
     with torch.no_grad():
-        whole = hf(input_ids=tokens, use_cache=False).logits[0].float()
-        ours = logits(hf, hf.base_model(input_ids=tokens, use_cache=False).last_hidden_state[0]).float()
-    if not torch.allclose(whole, ours, rtol=2e-2, atol=2e-2):
+        try:
+            out = hf.base_model(input_ids=tokens, position_ids=positions, use_cache=False)
+            ours = logits(hf, out.last_hidden_state[0])
+            alone = [hf(input_ids=tokens[:, i : i + 4], use_cache=False).logits[0] for i in (0, 4)]
+            whole = torch.cat(alone).to(ours.dtype)
+        except Exception as error:  # whatever an unknown architecture may do with arguments it has not
+            raise MassError(f"model.path: {type(hf).__name__} cannot be driven ({error}). {sorry}") from error
+    scale = whole.abs().max().item()
+    if not torch.allclose(whole[:4], ours[:4], rtol=0, atol=2e-2 * scale):
         raise MassError(
-            f"model.path: {type(hf).__name__} makes its logits in a way that mass does not know. "
-            "Models of the Llama, Qwen, Gemma, Mistral and GPT-NeoX families work."
+            f"model.path: {type(hf).__name__} makes its logits in a way that mass does not know. {sorry}"
+        )
+    if not torch.allclose(whole[4:], ours[4:], rtol=0, atol=2e-2 * scale):
+        raise MassError(
+            f"model.path: {type(hf).__name__} mixes sequences that are packed into one row. {sorry}"
         )
 
 
@@ -53,7 +69,7 @@ def token_logprobs(
     """log p(target token), [M], differentiable in the adapter. `second_order`: twice, with every activation kept."""
     with using(layers, adapter):
         if second_order:
-            with differentiable_attention():
+            with second_order_ops(hf):
                 hidden_BSD = _body(hf, packed)
         else:
             hidden_BSD = _body(hf, packed)

@@ -8,11 +8,14 @@ arithmetic. Not counted: what an allocator wastes between blocks, and workspaces
 
 import contextlib
 import copy
+import ctypes
+import platform
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -25,6 +28,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from mass import metagrad, optimizers
 from mass.batch import Packed
 from mass.blocks import Split
+from mass.errors import MassError
 from mass.forward import example_loss, loss_and_grad
 from mass.inner import Step
 from mass.lora import Adapter, Layers, LoraShape, attach
@@ -33,21 +37,21 @@ from mass.optimizers import Rule
 Engine = Literal["reverse", "blockwise", "finite_difference"]
 
 # The two depths that are tried. One block would hide what a block's neighbour keeps alive.
-DEPTHS = (2, 4)
+DEPTHS = (2, 3)
 
 
 @dataclass(frozen=True)
 class Peak:
-    """Most bytes held over the weights in each stage, and the adapters that are kept meanwhile (in all of them)."""
+    """Most bytes held over the weights: in a first-order pass (the larger of the inner steps' and the outer loss's), in
+    the way back, and, during both, in the trajectory of small states."""
 
-    inner: int
-    outer: int
+    first_order: int
     sweep: int
     kept: int
 
     @property
     def total(self) -> int:
-        return max(self.inner, self.outer, self.sweep) + self.kept
+        return max(self.first_order, self.sweep) + self.kept
 
 
 class Live(TorchDispatchMode):
@@ -140,8 +144,9 @@ def predict(
     need_hessian = need_init or steps > 1
     exact = torch.float64 if next(hf.parameters()).dtype == torch.float64 else torch.float32
     T = inner.tokens_TPS.shape[0]
-    seen: dict[str, list[int]] = {"inner": [], "outer": [], "sweep": []}
-    size = []
+    first_order: list[int] = []
+    sweep: list[int] = []
+    size: list[int] = []
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         examples, last = (_fake(packed, mode) for packed in (inner, outer))
         weight_TN = torch.ones(examples.count_TN.shape, dtype=exact)
@@ -150,26 +155,114 @@ def predict(
             adapter = _adapter(model.layers, shape.rank, T, exact)
             size.append(sum(x.nbytes for x in adapter.values()))
             own = model.parts if checkpoint else None
-            for name, packed in (("inner", examples), ("outer", last)):
-                with _counting(seen[name]):
-                    _first_order(model, packed, adapter, own)
+            with _counting(first_order):
+                _first_order(model, max(examples, last, key=lambda x: x.tokens_TPS.numel()), adapter, own)
             products = _products(model, examples, weight_TN, engine, recompute, own)
             grad = {key: torch.empty_like(x) for key, x in adapter.items()}
             step = Step(adapter, {}, grad, torch.empty_like(weight_TN))
-            with _counting(seen["sweep"]):
+            with _counting(sweep):
                 products(step, grad, need_hessian)
     deep = len(parts.blocks) if parts else hf.config.get_text_config().num_hidden_layers
-    inner_peak, outer_peak, sweep_peak = (_line(seen[name], deep) for name in ("inner", "outer", "sweep"))
     one = _line(size, deep)
     # An inner step keeps where it started, its gradient and the optimizer's state; then there are the adapted adapter,
     # the outer gradient, and on the way back lam, mu and the cotangent of the state.
     states = len(optimizers.init(rule, {"x": torch.zeros(1, 1, 1)}))
     kept = one * (steps * (2 + states) + 1)
-    return Peak(inner_peak, outer_peak, sweep_peak + one * (3 + states), kept)
+    return Peak(_line(first_order, deep), _line(sweep, deep) + one * (3 + states), kept)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The engine that `auto` takes, whether first-order passes recompute block by block, and why, as a sentence."""
+
+    engine: Engine
+    recompute: bool
+    checkpoint: bool
+    peak: Peak
+    reason: str
+
+
+# Fastest first, by matrix products over those of a first-order step, inner steps included: 3.0, 4.0, 5.0, 5.5.
+# Finite differences are not here: what nobody asked for must be exact.
+_ORDER: list[tuple[Engine, bool, bool]] = [
+    ("reverse", False, False),
+    ("blockwise", False, False),
+    ("blockwise", True, False),
+    ("blockwise", True, True),
+]
+
+
+def choose(
+    hf: PreTrainedModel,
+    parts: Split | None,
+    shape: LoraShape,
+    inner: Packed,
+    outer: Packed,
+    *,
+    steps: int,
+    memory_gb: float | None = None,
+    ranks: int = 1,
+    checkpoint: bool = False,
+    rule: Rule | None = None,
+    need_init: bool = False,
+) -> Choice:
+    """The fastest exact engine that fits into `memory_gb` (default: what the device has free, shared by `ranks`).
+
+    `parts` None: the blocks were not found, so reverse is the only one. `checkpoint`: first-order passes recompute
+    anyhow (inner.checkpoint). Raises MassError when none fits. Takes seconds, so it belongs to a run's start.
+    """
+    limit = memory_gb * 1e9 if memory_gb is not None else free_bytes(next(hf.parameters()).device) / ranks
+    whose = "meta_gradient.memory_gb" if memory_gb is not None else "free"
+    tried: list[str] = []
+    least = float("inf")
+    for engine, recompute, own_checkpoint in _ORDER:
+        if (parts is None and engine == "blockwise") or (checkpoint and not own_checkpoint and recompute):
+            continue
+        again = parts is not None and (checkpoint or own_checkpoint)
+        peak = predict(
+            hf, parts, shape, inner, outer, engine=engine, steps=steps, recompute=recompute, checkpoint=again, rule=rule,
+            need_init=need_init,
+        )  # fmt: skip
+        words = engine + {("blockwise", False): " without recomputation"}.get((engine, recompute), "")
+        words += " with recomputed first-order passes" if again else ""
+        need = f"{words} needs {peak.total / 1e9:.2f} GB over the weights"
+        if peak.total <= limit:
+            why = "; ".join(
+                [f"{need}, {limit / 1e9:.2f} GB {whose}", *(f"too large: {one}" for one in tried)]
+            )
+            return Choice(engine, recompute, again, peak, why)
+        tried.append(need)
+        least = min(least, peak.total)
+    raise MassError(
+        f"meta_gradient.mode=auto: no exact engine fits into {limit / 1e9:.2f} GB ({whose}): {'; '.join(tried)}. "
+        f"Raise meta_gradient.memory_gb to {least / 1e9:.2f}, or lower outer.tasks, generate.examples or "
+        "generate.max_new_tokens, or take meta_gradient.mode=finite_difference with inner.checkpoint=true."
+    )
+
+
+def free_bytes(device: torch.device) -> float:
+    """Memory that can still be had: of a CUDA device what is free and what PyTorch keeps unused, else of the machine."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return float(torch.cuda.mem_get_info(device)[0] + unused)
+    return float(psutil.virtual_memory().available)
+
+
+def return_freed_memory() -> bool:
+    """Let glibc give freed blocks of 1 MiB and more back to the system at once; True where that could be set.
+
+    By default it keeps them (its threshold grows to 32 MiB), and a CPU process whose tensors need 0.2 GB can hold twice
+    as much. Time did not change measurably; at 64 KiB it does.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if platform.system() == "Linux" else None
+    # M_MMAP_THRESHOLD is -3; setting it stops it from growing (mallopt(3))
+    return bool(mallopt and mallopt(-3, 1 << 20))
 
 
 def _first_order(model: _Copy, packed: Packed, adapter: Adapter, parts: Split | None) -> None:
-    loss_and_grad(model.hf, model.layers, packed, adapter, lambda x: example_loss(packed, x).sum(), parts=parts)
+    loss_and_grad(
+        model.hf, model.layers, packed, adapter, lambda x: example_loss(packed, x).sum(), parts=parts
+    )
 
 
 def _products(
@@ -184,9 +277,9 @@ def _products(
 
 
 def _fake(packed: Packed, mode: FakeTensorMode) -> Packed:
-    tensors = {f.name: getattr(packed, f.name) for f in fields(packed)}
-    return replace(
-        packed, **{name: mode.from_tensor(x) for name, x in tensors.items() if isinstance(x, Tensor)}
+    tensors: dict[str, Any] = {f.name: getattr(packed, f.name) for f in fields(packed)}
+    return Packed(
+        **{name: mode.from_tensor(x) if isinstance(x, Tensor) else x for name, x in tensors.items()}
     )
 
 

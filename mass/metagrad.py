@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from mass import optimizers
 from mass.batch import Packed
-from mass.blocks import Split, differentiable_attention, enter, of_block, run_block
+from mass.blocks import Split, enter, of_block, run_block, second_order
 from mass.forward import chunk_rows, example_loss, logits, loss_and_grad, pick, token_logprobs
 from mass.inner import Step, Trajectory
 from mass.lora import Adapter, Layers
@@ -125,7 +125,7 @@ def blockwise(
         call = enter(parts, packed)
         pair = (call.hidden_BSD, torch.zeros_like(call.hidden_BSD))
         kept: list[tuple[Tensor, Tensor]] = []
-        with differentiable_attention():
+        with second_order(hf):
             with torch.set_grad_enabled(keep):
                 for i in range(len(parts.blocks)):
                     if need_hessian and recompute:
@@ -181,7 +181,7 @@ def finite_difference(
     """Differences of first-order passes at phi_k +- eps mu, eps of each task from norms: eps = radius (1 + |phi|) / |mu|.
 
     Central: error O(eps^2), two passes. One-sided (`central=False`): error O(eps), one pass, against the stored
-    gradient. `radius` defaults to the cube root (central) or square root of the logits' machine epsilon.
+    gradient. `radius` defaults to the cube root (central) or square root of the base's machine epsilon.
     """
 
     def total(loss: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -189,7 +189,8 @@ def finite_difference(
 
     def products(step: Step, mu: Adapter, need_hessian: bool) -> tuple[Tensor, Adapter | None]:
         some = next(iter(step.adapter.values()))
-        unit = torch.finfo(torch.float64 if _computes_in_fp64(hf) else torch.float32).eps
+        # What a difference of two losses must rise above is the rounding of the base, not of the adapter.
+        unit = torch.finfo(next(hf.parameters()).dtype).eps
         reach = radius if radius is not None else unit ** (1 / 3 if central else 1 / 2)
         size_T = optimizers.norm(mu)
         eps_T = torch.where(
@@ -215,10 +216,6 @@ def finite_difference(
         return c_TN, {key: (grad_up[key] - grad_down[key]) / width_T.view(-1, 1, 1) for key in mu}
 
     return products
-
-
-def _computes_in_fp64(hf: PreTrainedModel) -> bool:
-    return next(hf.parameters()).dtype == torch.float64
 
 
 def _head_rows_dual(

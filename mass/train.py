@@ -23,7 +23,7 @@ from mass.checkpoint import Contents, Run
 from mass.distributed import Outer, World
 from mass.episode import Result, Setting
 from mass.errors import MassError
-from mass.forward import check_head
+from mass.forward import check_model
 from mass.log import RunLog, SampleRow, SampleTable, write_atomic
 from mass.methods import solve
 from mass.model import LanguageModel, load
@@ -110,11 +110,12 @@ def train(recipe: Recipe) -> None:
         show = recipe.log.samples_every and step % recipe.log.samples_every == 0
         result = episode.run(setting, tasks, step, policy, eta, log_lr, show=1 if show else 0)
         rates = {group: outer.learning_rate(group) for group in ("policy", "scorer")}
-        applied = outer.step(result.gradients)
+        applied, norms = outer.step(result.gradients)
         in_a_row = 0 if applied else in_a_row + 1
         skipped += not applied
 
         metrics |= _reduce(result.metrics)
+        metrics |= {f"{group}/grad_norm": norms[group] for group in ("scorer", "policy")}
         metrics |= {f"time/{part}": seconds for part, seconds in result.seconds.items()}
         metrics |= {
             "time/step": time.perf_counter() - begin,
@@ -134,7 +135,7 @@ def train(recipe: Recipe) -> None:
             )
 
     log.close()
-    if stop.asked:
+    if leaving and not done:
         log.say(f"stopped at step {saved} on request; run.resume=auto continues")
     else:
         log.say(f"done: {run.folder}. Next: mass-adapt --run {run.folder} --problem '...'")
@@ -176,7 +177,7 @@ def _setting(recipe: Recipe, world: World, pool: list[Task]) -> tuple[Setting, s
     m, i = recipe.model, recipe.inner
     hf, tokenizer = load(m.path, dtype=m.dtype, device=world.device, cache=m.cache, attention=m.attention)
     fingerprint = checkpoint.fingerprint(hf.named_parameters())
-    check_head(hf)
+    check_model(hf)
     shape = lora.LoraShape(recipe.lora.rank, recipe.lora.alpha, tuple(recipe.lora.targets))
     lm = LanguageModel(hf, tokenizer, lora.attach(hf, shape), shape, m.path)
     parts, engine = _engine(recipe, lm)

