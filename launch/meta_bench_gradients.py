@@ -18,19 +18,12 @@ import torch
 from meta_bench_methods import LORA, METHODS, SHAPE, Row, Setup, build, outer_only, unrolled, wait, warm
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
-from mass import lora
 from mass.memory import predict
 
-OURS = {
-    "reverse": "reverse, each step recomputed",
-    "blockwise": "reverse over forward, block by block",
-    "blockwise_kept": "blockwise without recomputation",
-    "finite_difference": "central differences",
-    "finite_difference_one": "one-sided differences",
-}
-PEERS = {"torchopt": "TorchOpt MetaSGD", "higher": "higher innerloop_ctx"}
+OURS = ["reverse", "blockwise", "blockwise_kept", "finite_difference", "finite_difference_one"]
 # How the memory model is asked for them.
 PREDICT: dict[str, dict[str, Any]] = {
     "reverse": {"engine": "reverse"},
@@ -39,7 +32,7 @@ PREDICT: dict[str, dict[str, Any]] = {
     "finite_difference": {"engine": "finite_difference"},
     "finite_difference_one": {"engine": "finite_difference"},
 }
-ENGINES = ["first_order", "unrolled", *PEERS, *OURS]
+ENGINES = ["first_order", "unrolled", "torchopt", "higher", *OURS]
 
 EXAMPLES, REAL_EXAMPLES, REAL_TASKS = 4, 6, 8
 # Errors are measured on a shallow model: float64 unrolling at full depth takes tens of GB.
@@ -176,6 +169,11 @@ def plot(rows: list[Row], file: Path) -> None:
 def measure(case: Row) -> Row:
     """Time of one case; with `check`, instead, its memory, its error and its count of products."""
     torch.set_num_threads(case["threads"])
+    return memory(case) | check(case) if case["check"] else timing(case)
+
+
+def timing(case: Row) -> Row:
+    """Seconds, whole and by stage, and what was resident meanwhile."""
     setup = build(case)
     method = METHODS[case["engine"]]
     method(warm(setup))
@@ -183,27 +181,27 @@ def measure(case: Row) -> Row:
     begin = time.perf_counter()
     answer = method(setup)
     wait(case["device"])
-    seconds = time.perf_counter() - begin
-    peak_gb = _peak(case["device"], before) / 1e9
-    if case["check"]:
-        return {"peak_gb": peak_gb} | predicted(case, setup) | check(case)
-    row: Row = {"seconds": seconds, "malloc_gb": peak_gb}
-    row |= {f"seconds_{stage}": value for stage, value in answer.seconds.items()}
+    row: Row = {"seconds": time.perf_counter() - begin, "malloc_gb": _peak(case["device"], before) / 1e9}
     if case["engine"] == "first_order":
         row["seconds"] = answer.seconds["inner"]
+    return row | {f"seconds_{stage}": value for stage, value in answer.seconds.items()}
+
+
+def memory(case: Row) -> Row:
+    """Peak over what was held before, and what the memory model says of it (our engines only)."""
+    setup = build(case)
+    method = METHODS[case["engine"]]
+    method(warm(setup))
+    before = _reset_peak(case["device"])
+    method(setup)
+    row: Row = {"peak_gb": _peak(case["device"], before) / 1e9}
+    if case["engine"] in PREDICT:
+        steps, init, how = setup.K, setup.init, PREDICT[case["engine"]]
+        peak = predict(
+            setup.hf, setup.parts, LORA, setup.inner, setup.outer, steps=steps, need_init=init, **how
+        )
+        row["predicted_gb"] = peak.total / 1e9
     return row
-
-
-def predicted(case: Row, setup: Setup) -> Row:
-    """What the memory model says of the case (our engines only)."""
-    if case["engine"] not in PREDICT:
-        return {}
-    lora.detach(setup.hf, setup.layers)
-    peak = predict(
-        setup.hf, setup.parts, LORA, setup.inner, setup.outer, steps=setup.K, need_init=setup.init, **PREDICT[case["engine"]]
-    )  # fmt: skip
-    lora.attach(setup.hf, LORA)
-    return {"predicted_gb": peak.total / 1e9}
 
 
 def check(case: Row) -> Row:
@@ -227,15 +225,29 @@ def check(case: Row) -> Row:
     return row
 
 
+class Flops(TorchDispatchMode):
+    """Sums the FLOPs of matrix products. (`FlopCounterMode` hangs hooks on modules, which fail in `autograd.grad`.)"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        self.total += formula(*args, **(kwargs or {}), out_val=out) if formula else 0
+        return out
+
+
 def _products(case: Row, method: Callable[[Setup], Any]) -> float:
     """FLOPs of matrix products at the case's depth. They are a line in the number of layers, so two depths give it."""
     found = []
     for layers in (1, 2):
         setup = build(case | {"layers": layers, "dtype": "fp32"})
         # the CPU's fused attention has no formula in the counter
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        with sdpa_kernel(SDPBackend.MATH), Flops() as counter:
             method(setup)
-        found.append(counter.get_total_flops())
+        found.append(counter.total)
     return found[0] + (case["layers"] - 1) * (found[1] - found[0])
 
 

@@ -6,17 +6,18 @@ run once with the blocks stubbed out and what each would have been called with i
 """
 
 import contextlib
-import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from mass.batch import Packed, Sequence, pack
+from mass import batch
+from mass.batch import Packed
 from mass.errors import MassError
 from mass.lora import Adapter, Layers, using
 
@@ -124,40 +125,48 @@ def of_block(parts: Split, i: int, adapter: Mapping[str, Tensor]) -> Adapter:
 
 
 @contextlib.contextmanager
-def second_order(hf: nn.Module) -> Iterator[None]:
+def second_order() -> Iterator[None]:
     """Only operations whose second derivative and forward mode exist and are right.
 
     Flash and memory-efficient attention, and the CPU's kernel, have neither. LayerNorm has both, but in torch 2.13 the
     gradient of its tangent takes the saved mean and deviation for constants; written out, it is right. Needed around
     inner losses only; generation and outer losses keep the fast kernels.
     """
-    norms = [module for module in hf.modules() if type(module) is nn.LayerNorm]
-    for module in norms:
-        module.forward = functools.partial(_layer_norm, module)  # type: ignore[method-assign]
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        for module in norms:
-            del module.forward
+    with sdpa_kernel(SDPBackend.MATH), _WrittenOut():
+        yield
 
 
-def _layer_norm(module: nn.LayerNorm, x: Tensor) -> Tensor:
-    dims = tuple(range(-len(module.normalized_shape), 0))
+class _WrittenOut(TorchFunctionMode):
+    """Calls of layer_norm, whoever makes them, as the sum of their parts."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.layer_norm, torch.nn.functional.layer_norm):
+            return _layer_norm(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Tensor:
+    dims = tuple(range(-len(normalized_shape), 0))
     # As torch's kernel: statistics in fp32 at least, the result in the input's dtype.
-    wide = x if x.dtype == torch.float64 else x.float()
+    wide = input if input.dtype == torch.float64 else input.float()
     centred = wide - wide.mean(dims, keepdim=True)
-    y = centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + module.eps)
-    if module.weight is not None:
-        y = y * module.weight
-    return (y if module.bias is None else y + module.bias).to(x.dtype)
+    y = centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
+    y = y if weight is None else y * weight
+    return (y if bias is None else y + bias).to(input.dtype)
 
 
 def _agrees(parts: Split) -> bool:
     device = next(parts.body.parameters()).device
     vocabulary = int(parts.body.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr,index,arg-type]
     tokens = [1 + i % (vocabulary - 1) for i in range(8)]
-    probe = pack([[Sequence(tokens, 1)]], 0, device)
+    probe = batch.pack([[batch.Sequence(tokens, 1)]], 0, device)
     with torch.no_grad(), using(parts.layers, None):
         try:
             call = enter(parts, probe)

@@ -226,6 +226,11 @@ def verify(step: Path) -> None:
         raise MassError(f"{fault}. {way_out}")
 
 
+def read_meta(step: Path) -> dict[str, Any]:
+    """The meta.json of a step folder that `open_run` or `verify` has found sound."""
+    return _read_meta(step / "meta.json")
+
+
 def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:
     """A hash of a base model's parameter names, shapes and some values; before LoRA slots change the names.
 

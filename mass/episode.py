@@ -51,6 +51,9 @@ class Setting:
     parts: Split | None
     engine: str
     recompute: bool
+    # first-order passes block by block
+    checkpoint: bool
+    why: str
     prompts: Prompts
     pool: list[Task]
     verifier: Verifier
@@ -94,7 +97,7 @@ def make_products(setting: Setting, packed: Packed, weight_TN: Tensor) -> Produc
     if setting.engine == "blockwise":
         assert setting.parts is not None
         return metagrad.blockwise(lm.hf, setting.parts, packed, weight_TN, recompute=setting.recompute)
-    parts = setting.parts if setting.recipe.inner.checkpoint else None
+    parts = setting.parts if setting.checkpoint else None
     central = not setting.recipe.meta_gradient.one_sided
     return metagrad.finite_difference(lm.hf, lm.lora, packed, weight_TN, parts=parts, central=central)
 
@@ -151,7 +154,7 @@ def run(
             lr=lr,
             steps=recipe.inner.steps,
             max_growth=recipe.inner.max_growth,
-            parts=setting.parts if recipe.inner.checkpoint else None,
+            parts=setting.parts if setting.checkpoint else None,
         )
 
     with clock("outer"):
@@ -251,7 +254,7 @@ def kit(setting: Setting, policy: Adapter, eta: Mapping[str, Tensor], log_lr: Ma
         solve_shots=r.prompt.solve_shots,
         generate_shots=r.prompt.generate_shots,
         parts=setting.parts,
-        recompute=r.inner.checkpoint,
+        recompute=setting.checkpoint,
         seed=r.run.seed,
     )
 
@@ -279,7 +282,7 @@ def _gold(
         [solve_sequence(prompts, t.problem.text, t.solution, s)] for t, s in zip(tasks, shots, strict=True)
     ]
     packed = pack(rows, lm.tokenizer.pad_token_id, lm.device)
-    parts = setting.parts if setting.recipe.inner.checkpoint else None
+    parts = setting.parts if setting.checkpoint else None
     grad: Adapter = {}
     if need_grad:
         _, logprob_M, grad = loss_and_grad(
@@ -326,7 +329,7 @@ def _verified(
     packed = pack(rows, lm.tokenizer.pad_token_id, lm.device, share=attends_fully(lm.hf))
     grad: Adapter = {}
     if need_grad:
-        parts = setting.parts if recipe.inner.checkpoint else None
+        parts = setting.parts if setting.checkpoint else None
         loss, logprob_M, grad = loss_and_grad(
             lm.hf,
             lm.lora,
@@ -385,7 +388,7 @@ def _generator_gradient(
             seen.append(kl_TN.detach().sum())
             return scale * loss_TN.sum()
 
-        parts = setting.parts if recipe.inner.checkpoint else None
+        parts = setting.parts if setting.checkpoint else None
         _, _, grad = loss_and_grad(lm.hf, lm.lora, packed, one, loss, parts=parts)
         kl_sum += seen[0].item()
         for key, g in grad.items():

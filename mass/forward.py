@@ -69,7 +69,7 @@ def token_logprobs(
     """log p(target token), [M], differentiable in the adapter. `second_order`: twice, with every activation kept."""
     with using(layers, adapter):
         if second_order:
-            with second_order_ops(hf):
+            with second_order_ops():
                 hidden_BSD = _body(hf, packed)
         else:
             hidden_BSD = _body(hf, packed)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -52,6 +52,8 @@ class LoraLinear(nn.Module):
         if self.slot is None:
             return y
         a_TRI, b_TOR = self.slot
+        if x.shape[0] % a_TRI.shape[0]:
+            raise ValueError(f"{x.shape[0]} rows cannot be shared out among {a_TRI.shape[0]} adapters")
         x_TBI = x.reshape(a_TRI.shape[0], -1, x.shape[-1]).to(a_TRI.dtype)
         update = torch.bmm(torch.bmm(x_TBI, a_TRI.mT), b_TOR.mT) * self.scale
         return y + update.reshape(y.shape).to(y.dtype)
@@ -211,10 +213,13 @@ def load_peft(folder: Path, layers: Layers, device: torch.device | str = "cpu") 
             f"{folder}: no adapter_model.safetensors (pickled adapter_model.bin files are not read)"
         )
     adapter: Adapter = {}
-    with safe_open(path, framework="pt", device=str(device)) as file:
-        for key in file.keys():  # noqa: SIM118 (safe_open is no dict)
-            name, _, kind = key.removeprefix(PEFT_PREFIX).removesuffix(".weight").rpartition(".lora_")
-            adapter[f"{name}.{kind}"] = file.get_tensor(key).float()
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            for key in file.keys():  # noqa: SIM118 (safe_open is no dict)
+                name, _, kind = key.removeprefix(PEFT_PREFIX).removesuffix(".weight").rpartition(".lora_")
+                adapter[f"{name}.{kind}"] = file.get_tensor(key).float()
+    except SafetensorError as error:
+        raise MassError(f"{path} is damaged ({error}): save or download the adapter again") from None
     wanted: dict[str, tuple[int, int]] = {}
     for name, layer in layers.items():
         out, width = layer.weight.shape
@@ -229,4 +234,8 @@ def load_peft(folder: Path, layers: Layers, device: torch.device | str = "cpu") 
                 f"{folder}: this adapter was made for another base model: {key} has shape "
                 f"{tuple(adapter[key].shape)}, the base wants {tuple('R' if n < 0 else n for n in size)}"
             )
+    for name in layers:
+        ranks = adapter[f"{name}.A"].shape[0], adapter[f"{name}.B"].shape[1]
+        if ranks[0] != ranks[1]:
+            raise MassError(f"{path}: {name} has rank {ranks[0]} in lora_A and {ranks[1]} in lora_B")
     return {key: adapter[key] for key in wanted}

@@ -12,7 +12,7 @@ import ctypes
 import platform
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import psutil
@@ -38,12 +38,14 @@ Engine = Literal["reverse", "blockwise", "finite_difference"]
 
 # The two depths that are tried. One block would hide what a block's neighbour keeps alive.
 DEPTHS = (2, 3)
+# What MKL and oneDNN keep once they have seen large products (measured: 20 to 28 MB a thread).
+LIBRARIES = 20 * 10**6
 
 
 @dataclass(frozen=True)
 class Peak:
     """Most bytes held over the weights: in a first-order pass (the larger of the inner steps' and the outer loss's), in
-    the way back, and, during both, in the trajectory of small states."""
+    the way back, and, during both, in the trajectory of small states (and by the CPU's libraries)."""
 
     first_order: int
     sweep: int
@@ -72,9 +74,7 @@ class Live(TorchDispatchMode):
             storage = tensor.untyped_storage()
             # the zero tangents of forward mode have a size but no memory
             self._note(storage, 0 if tensor._is_zerotensor() else storage.nbytes())
-        if func._overloadpacket is torch.ops.aten.logsumexp:
-            # the CPU's and CUDA's kernels make one temporary as large as their input
-            self.peak = max(self.peak, self.now + args[0].nbytes)
+        self.peak = max(self.peak, self.now + _workspace(func._overloadpacket, args))
         return out
 
     def _note(self, storage: torch.UntypedStorage, size: int) -> None:
@@ -87,6 +87,19 @@ class Live(TorchDispatchMode):
 
     def _drop(self, key: int) -> None:
         self.now -= self._seen.pop(key)
+
+
+_PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm, torch.ops.aten.baddbmm)
+
+
+def _workspace(operation: Any, args: tuple[Any, ...]) -> int:
+    """Bytes of large temporaries that an operation makes inside its kernel."""
+    if operation is torch.ops.aten.logsumexp:
+        return args[0].nbytes
+    if operation in _PRODUCTS:
+        # an operand that is one value seen many times (a zero tangent, say) is written out
+        return sum(x.nbytes for x in _tensors(args) if x.untyped_storage().nbytes() < x.nbytes)
+    return 0
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:
@@ -108,7 +121,8 @@ def _shallow(hf: PreTrainedModel, parts: Split | None, shape: LoraShape, depth: 
     text = config.get_text_config()
     text.num_hidden_layers = depth
     if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:depth]
+        kinds = text.layer_types
+        text.layer_types = [kinds[i % len(kinds)] for i in range(depth)]
     dtype = next(hf.parameters()).dtype
     fake = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
     layers = attach(fake, shape)
@@ -118,7 +132,9 @@ def _shallow(hf: PreTrainedModel, parts: Split | None, shape: LoraShape, depth: 
     where = names[id(parts.blocks[0])].rpartition(".")[0]
     blocks = list(fake.base_model.get_submodule(where).children())
     norm = fake.base_model.get_submodule(names[id(parts.norm)])
-    return _Copy(fake, layers, Split(fake.base_model, blocks, parts.prefix[:depth], norm, layers))
+    stem = parts.prefix[0].removesuffix("0.")
+    prefix = [f"{stem}{i}." for i in range(depth)]
+    return _Copy(fake, layers, Split(fake.base_model, blocks, prefix, norm, layers))
 
 
 def predict(
@@ -168,6 +184,8 @@ def predict(
     # the outer gradient, and on the way back lam, mu and the cotangent of the state.
     states = len(optimizers.init(rule, {"x": torch.zeros(1, 1, 1)}))
     kept = one * (steps * (2 + states) + 1)
+    if next(hf.parameters()).device.type == "cpu":
+        kept += LIBRARIES
     return Peak(_line(first_order, deep), _line(sweep, deep) + one * (3 + states), kept)
 
 
@@ -182,7 +200,7 @@ class Choice:
     reason: str
 
 
-# Fastest first, by matrix products over those of a first-order step, inner steps included: 3.0, 4.0, 5.0, 5.5.
+# Fastest first, by matrix products over those of a first-order step, inner steps included: 3.0, 3.0, 4.0, 4.5.
 # Finite differences are not here: what nobody asked for must be exact.
 _ORDER: list[tuple[Engine, bool, bool]] = [
     ("reverse", False, False),
@@ -277,10 +295,9 @@ def _products(
 
 
 def _fake(packed: Packed, mode: FakeTensorMode) -> Packed:
-    tensors: dict[str, Any] = {f.name: getattr(packed, f.name) for f in fields(packed)}
-    return Packed(
-        **{name: mode.from_tensor(x) if isinstance(x, Tensor) else x for name, x in tensors.items()}
-    )
+    tensors = {f.name: x for f in fields(packed) if isinstance(x := getattr(packed, f.name), Tensor)}
+    faked: dict[str, Any] = {name: mode.from_tensor(x) for name, x in tensors.items()}
+    return replace(packed, **faked)
 
 
 def _adapter(layers: Layers, rank: int, tasks: int, dtype: torch.dtype) -> Adapter:

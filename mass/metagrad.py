@@ -125,7 +125,7 @@ def blockwise(
         call = enter(parts, packed)
         pair = (call.hidden_BSD, torch.zeros_like(call.hidden_BSD))
         kept: list[tuple[Tensor, Tensor]] = []
-        with second_order(hf):
+        with second_order():
             with torch.set_grad_enabled(keep):
                 for i in range(len(parts.blocks)):
                     if need_hessian and recompute:
@@ -181,7 +181,8 @@ def finite_difference(
     """Differences of first-order passes at phi_k +- eps mu, eps of each task from norms: eps = radius (1 + |phi|) / |mu|.
 
     Central: error O(eps^2), two passes. One-sided (`central=False`): error O(eps), one pass, against the stored
-    gradient. `radius` defaults to the cube root (central) or square root of the base's machine epsilon.
+    gradient. `radius` defaults to the cube root (central) or square root of the base's machine epsilon. Relative
+    error seen: 7e-3 in fp32; with a bf16 base 7 to 20 % (central), and one-sided is of no use there.
     """
 
     def total(loss: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -190,8 +191,13 @@ def finite_difference(
     def products(step: Step, mu: Adapter, need_hessian: bool) -> tuple[Tensor, Adapter | None]:
         some = next(iter(step.adapter.values()))
         # What a difference of two losses must rise above is the rounding of the base, not of the adapter.
-        unit = torch.finfo(next(hf.parameters()).dtype).eps
-        reach = radius if radius is not None else unit ** (1 / 3 if central else 1 / 2)
+        dtype = next(hf.parameters()).dtype
+        reach = radius
+        if reach is None and dtype == torch.bfloat16:
+            # Measured: the rule below steps out of the range in which a network is smooth.
+            reach = 0.03 if central else 0.01
+        elif reach is None:
+            reach = torch.finfo(dtype).eps ** (1 / 3 if central else 1 / 2)
         size_T = optimizers.norm(mu)
         eps_T = torch.where(
             size_T > 0, reach * (1 + optimizers.norm(step.adapter)) / size_T.clamp(min=1e-300), 0.0

@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mass import blocks, checkpoint, distributed, episode, lora, scorer
+from mass import blocks, checkpoint, distributed, episode, lora, memory, scorer
+from mass.batch import Sequence, pack
 from mass.checkpoint import Contents, Run
 from mass.distributed import Outer, World
 from mass.episode import Result, Setting
@@ -29,7 +30,7 @@ from mass.methods import solve
 from mass.model import LanguageModel, load
 from mass.optimizers import Rule
 from mass.problems import Cursor, Task, draw_pool, load_tasks, split_tasks
-from mass.prompts import make_prompts
+from mass.prompts import Prompts, make_prompts
 from mass.recipe import Recipe, command_line, dump
 from mass.rewards import Verifier, find_answer, require
 
@@ -58,7 +59,8 @@ def train(recipe: Recipe) -> None:
     world = distributed.start(recipe.model.device)
     run = _open(recipe, world)
     train_tasks, heldout, pool = _tasks(recipe)
-    setting, fingerprint = _setting(recipe, world, pool)
+    saved_engine = checkpoint.read_meta(run.start)["extra"]["engine"] if run.start else None
+    setting, fingerprint = _setting(recipe, world, pool, saved_engine)
     policy_shape = setting.lm.shape
     assert policy_shape is not None
     cursor = Cursor(train_tasks, recipe.run.seed)
@@ -172,7 +174,7 @@ def _tasks(recipe: Recipe) -> tuple[list[Task], list[Task], list[Task]]:
     return rest, split.heldout, pool
 
 
-def _setting(recipe: Recipe, world: World, pool: list[Task]) -> tuple[Setting, str]:
+def _setting(recipe: Recipe, world: World, pool: list[Task], saved: list[Any] | None) -> tuple[Setting, str]:
     """Load the model and put together what stays the same over all steps; and the base model's fingerprint."""
     m, i = recipe.model, recipe.inner
     hf, tokenizer = load(m.path, dtype=m.dtype, device=world.device, cache=m.cache, attention=m.attention)
@@ -180,7 +182,7 @@ def _setting(recipe: Recipe, world: World, pool: list[Task]) -> tuple[Setting, s
     check_model(hf)
     shape = lora.LoraShape(recipe.lora.rank, recipe.lora.alpha, tuple(recipe.lora.targets))
     lm = LanguageModel(hf, tokenizer, lora.attach(hf, shape), shape, m.path)
-    parts, engine = _engine(recipe, lm)
+    parts, mode = _engine(recipe, lm)
     head = scorer.Scorer(
         hf.config.get_text_config().hidden_size, len(recipe.scorer.layers), recipe.scorer.hidden
     )
@@ -188,8 +190,10 @@ def _setting(recipe: Recipe, world: World, pool: list[Task]) -> tuple[Setting, s
         tokenizer, recipe.prompt.style, recipe.prompt.solve_instruction, recipe.prompt.generate_instruction
     )
     rule = Rule(i.optimizer, i.momentum, i.beta1, i.beta2, i.eps, i.eps_root, i.clip)
+    engine, recompute, again, why = _choose(recipe, lm, parts, mode, prompts, pool, rule, world, saved)
+    verifier, head = Verifier(), head.to(world.device)
     return Setting(
-        recipe, lm, parts, engine, True, prompts, pool, Verifier(), rule, head.to(world.device)
+        recipe, lm, parts, engine, recompute, again, why, prompts, pool, verifier, rule, head
     ), fingerprint
 
 
@@ -197,11 +201,55 @@ def _engine(recipe: Recipe, lm: LanguageModel) -> tuple[blocks.Split | None, str
     mode = recipe.meta_gradient.mode
     try:
         parts = blocks.split(lm.hf, lm.lora)
-    except MassError:
-        if mode == "blockwise" or recipe.inner.checkpoint:
+    except MassError as error:
+        if recipe.inner.checkpoint:
+            raise MassError(f"{error} inner.checkpoint=true needs the blocks too: set it to false.") from None
+        if mode == "blockwise":
             raise
-        return None, "reverse" if mode == "auto" else mode
-    return parts, "blockwise" if mode == "auto" else mode
+        return None, mode
+    return parts, mode
+
+
+def _choose(
+    recipe: Recipe,
+    lm: LanguageModel,
+    parts: blocks.Split | None,
+    mode: str,
+    prompts: Prompts,
+    pool: list[Task],
+    rule: Rule,
+    world: World,
+    saved: list[Any] | None,
+) -> tuple[str, bool, bool, str]:
+    """(engine, recompute, first-order passes block by block, why). `auto` plans for the longest examples that may come; a resumed run keeps its choice."""
+    if mode != "auto":
+        return mode, True, recipe.inner.checkpoint, "as the recipe says"
+    if saved is not None:
+        return saved[0], saved[1], saved[2], "as the run began"
+    r, pad = recipe, lm.tokenizer.pad_token_id
+    asked = max((len(prompts.solve(task.problem.text)) for task in pool), default=64)
+    example = Sequence([pad] * (asked + r.generate.max_new_tokens), asked)
+    answer = Sequence([pad] * (asked + r.generate.answer_tokens), asked)
+    rollouts = r.outer.rollouts if r.outer.loss == "verifier" else 1
+    chosen: list[Any] = [None]
+    if world.main:
+        chosen[0] = memory.choose(
+            lm.hf,
+            parts,
+            lora.LoraShape(r.lora.rank, r.lora.alpha, tuple(r.lora.targets)),
+            pack([[example] * r.generate.examples] * r.outer.tasks, pad),
+            pack([[answer] * rollouts] * r.outer.tasks, pad, share=blocks.attends_fully(lm.hf)),
+            steps=r.inner.steps,
+            memory_gb=r.meta_gradient.memory_gb,
+            ranks=world.size if world.device.type == "cpu" else 1,
+            checkpoint=r.inner.checkpoint,
+            rule=rule,
+            need_init=r.outer.through_init,
+        )
+    if world.size > 1:
+        dist.broadcast_object_list(chosen)
+    choice = chosen[0]
+    return choice.engine, choice.recompute, choice.checkpoint, choice.reason
 
 
 def _outer(recipe: Recipe, setting: Setting, world: World) -> Outer:
@@ -252,7 +300,10 @@ def _save(
                 "skipped": skipped,
                 "world": world.size,
                 "fingerprint": fingerprint,
-                "extra": {"inner_lr": {name: x.exp().item() for name, x in log_lr.items()}},
+                "extra": {
+                    "inner_lr": {name: x.exp().item() for name, x in log_lr.items()},
+                    "engine": [setting.engine, setting.recompute, setting.checkpoint],
+                },
             },
         )
         try:
@@ -361,7 +412,7 @@ def _introduce(
     where = f"{world.size} process{'es' if world.size > 1 else ''} on {world.device.type}"
     log.say(f"{recipe.model.path}: {size / 1e6:.1f} M parameters in {recipe.model.dtype}, {where}")
     log.say(f"{train} training problems, {heldout} held out, {len(setting.pool)} kept as few-shot examples")
-    log.say(f"meta-gradient: {setting.engine}, K = {recipe.inner.steps}; ZeRO stage {recipe.zero.stage}")
+    log.say(f"meta-gradient: {setting.engine}, K = {recipe.inner.steps} ({setting.why})")
     if run.start is not None:
         log.say(f"continuing {run.start} at step {first}")
     for line in run.changed:

@@ -64,7 +64,17 @@ def save_chain(folder: Path) -> Path:
             layer.mlp.down_proj.weight *= 0.15
         embed, head = hf.model.embed_tokens.weight, hf.lm_head.weight
         # one direction for each kind of token with a known successor; bytes live in the other directions
-        kinds = [" problem:", "<|assistant|>", "Problem:", FIRST, SECOND, "\nSolution:", " Answer:", DIGITS, "\n\n"]
+        kinds = [
+            " problem:",
+            "<|assistant|>",
+            "Problem:",
+            FIRST,
+            SECOND,
+            "\nSolution:",
+            " Answer:",
+            DIGITS,
+            "\n\n",
+        ]
         embed[:, : len(kinds)] = 0
         embed[:, len(kinds) :] *= 10
         for i, kind in enumerate(kinds):
@@ -81,7 +91,8 @@ def save_chain(folder: Path) -> Path:
 def save_problems(path: Path, count: int = 40) -> Path:
     """A JSONL file of sums whose answers are 1, 2 or 3, the digits that the chain model answers with."""
     rows = [
-        {"id": f"p{i}", "problem": f"What is {i} - {i - 1 - i % 3}?", "answer": str(1 + i % 3)} for i in range(count)
+        {"id": f"p{i}", "problem": f"What is {i} - {i - 1 - i % 3}?", "answer": str(1 + i % 3)}
+        for i in range(count)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path

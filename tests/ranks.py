@@ -27,7 +27,13 @@ def clean_environment() -> dict[str, str]:
     launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "CROSS_RANK")
     env = {key: value for key, value in os.environ.items() if key not in launcher}
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *filter(None, [env.get("PYTHONPATH")])])
-    return env | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
+    return env | {
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": path,
+        "COLUMNS": "200",
+        "HF_HUB_OFFLINE": "1",
+    }
 
 
 @dataclass(frozen=True)
@@ -104,7 +110,11 @@ def _serve() -> None:
 def _become(rank: int, world: int, port: int, folder: Path) -> None:
     """Turn a fork into a rank: its own input and outputs, a process group, and the launcher's variables."""
     os.setpgid(0, 0)
-    for number, name, flags in ((0, os.devnull, os.O_RDONLY), (1, folder / f"out{rank}", 0), (2, folder / f"err{rank}", 0)):
+    for number, name, flags in (
+        (0, os.devnull, os.O_RDONLY),
+        (1, folder / f"out{rank}", 0),
+        (2, folder / f"err{rank}", 0),
+    ):
         handle = os.open(name, flags or os.O_WRONLY | os.O_CREAT)
         os.dup2(handle, number)
     if world > 1:

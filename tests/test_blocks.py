@@ -1,6 +1,7 @@
 """The split of a decoder into embed / blocks / head, and what is said where there is none."""
 
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend
 from worlds import ARCHITECTURES, World
 
-from mass import blocks, lora
+from mass import blocks, lora, metagrad
 from mass.batch import Sequence, pack
 from mass.errors import MassError
 from mass.lora import LoraShape
@@ -101,7 +102,7 @@ def test_second_order_kernels_are_on_only_inside() -> None:
         (g,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
         torch.autograd.grad(g.square().sum(), q)
 
-    with blocks.second_order(worlds.make().hf):
+    with blocks.second_order():
         assert not torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.math_sdp_enabled()
         second(True)
     assert torch.backends.cuda.flash_sdp_enabled()
@@ -135,17 +136,18 @@ def test_without_findable_blocks_the_message_names_the_engines_that_work(
 def test_blocks_that_do_not_give_the_models_own_states_are_refused() -> None:
     """Something between the blocks and the end that the split does not know of."""
     world = worlds.make()
-    world.hf.model.register_forward_hook(
-        lambda module, args, out: setattr(out, "last_hidden_state", 1.1 * out.last_hidden_state) or out
-    )
+
+    def stretch(module: nn.Module, args: object, out: Any) -> Any:
+        out.last_hidden_state = 1.1 * out.last_hidden_state
+        return out
+
+    world.hf.model.register_forward_hook(stretch)
     with pytest.raises(MassError, match="do not give its own hidden states.*reverse"):
         blocks.split(world.hf, world.layers)
 
 
 def test_engines_that_need_no_split_work_without_one() -> None:
     """Reverse and finite differences on a model whose blocks are hidden from the split."""
-    from mass import metagrad
-
     world = worlds.make()
     world.hf.model.final_layernorm = nn.Identity()  # two norms: no split
     with pytest.raises(MassError, match="no list of 2 decoder blocks"):

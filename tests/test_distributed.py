@@ -1,5 +1,6 @@
 """The DeepSpeed engine over the outer parameters against torch.optim, at every ZeRO stage, on one and on two ranks."""
 
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,16 +51,24 @@ def gradients(step: int, rank: int, tree: dict[str, dict[str, Tensor]]) -> dict[
     return {key: size * torch.randn(x.shape, generator=generator) for key, x in flat(tree).items()}
 
 
-def reference(tree: dict[str, dict[str, Tensor]], world: int, steps: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def mean_gradient(step: int, world: int, tree: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    many = [gradients(step, rank, tree) for rank in range(world)]
+    return {key: torch.stack([own[key] for own in many]).mean(0) for key in many[0]}
+
+
+def reference(
+    tree: dict[str, dict[str, Tensor]], world: int, steps: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Values and first moments after AdamW on the mean gradient, clipped as a whole, with linear warm-up."""
     leaf = {key: x.clone().requires_grad_() for key, x in flat(tree).items()}
-    params = [{"params": [x for key, x in leaf.items() if key.startswith(group)], "lr": LR[group]} for group in tree]
+    params = [
+        {"params": [x for key, x in leaf.items() if key.startswith(group)], "lr": LR[group]} for group in tree
+    ]
     optimizer = torch.optim.AdamW([p for p in params if p["params"]], weight_decay=0.0)
     full = [group["lr"] for group in optimizer.param_groups]
     for step in range(steps):
-        many = [gradients(step, rank, tree) for rank in range(world)]
-        for key, x in leaf.items():
-            x.grad = torch.stack([own[key] for own in many]).mean(0)
+        for key, g in mean_gradient(step, world, tree).items():
+            leaf[key].grad = g
         size = torch.nn.utils.clip_grad_norm_(list(leaf.values()), CLIP)
         assert (size > CLIP) == (step != 1)
         for group, lr in zip(optimizer.param_groups, full, strict=True):
@@ -88,7 +97,12 @@ def steps_as_torch_optim(stage: int, world: distributed.World, rates: bool) -> O
     assert state["adam_steps"] == 0 and not state["m:scorer/net.0.weight"].any()
     for step in range(3):
         assert outer.learning_rate("scorer") == pytest.approx(LR["scorer"] * min(1.0, (step + 1) / WARMUP))
-        assert outer.step(gradients(step, world.rank, tree))
+        applied, norms = outer.step(gradients(step, world.rank, tree))
+        assert applied
+        mean = mean_gradient(step, world.size, tree)
+        for group in LR:
+            own = [x.flatten() for key, x in mean.items() if key.startswith(f"{group}/")]
+            assert norms[group] == pytest.approx(torch.cat([*own, torch.zeros(1)]).norm().item(), rel=1e-5)
     want, moment = reference(tree, world.size, 3)
     got, state = values(outer), outer.state()
     assert got.keys() == want.keys()
@@ -105,13 +119,16 @@ def skips_what_is_not_finite(outer: Outer, world: distributed.World, bad: float)
     spoiled = gradients(5, world.rank, groups())
     if world.rank == world.size - 1:
         spoiled["scorer/net.0.weight"][2] = bad
-    assert outer.step(spoiled) is False
+    applied, norms = outer.step(spoiled)
+    assert not applied and not math.isfinite(norms["scorer"]) and math.isfinite(norms["policy"])
     after, late = values(outer), outer.state()
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert late["outer_steps"] == state["outer_steps"] + 1
     assert all(torch.equal(state[key], late[key]) for key in state if key != "outer_steps")
-    assert outer.step(gradients(6, world.rank, groups()))
-    assert not torch.equal(values(outer)["policy/model.layers.0.q_proj.A"], before["policy/model.layers.0.q_proj.A"])
+    assert outer.step(gradients(6, world.rank, groups()))[0]
+    assert not torch.equal(
+        values(outer)["policy/model.layers.0.q_proj.A"], before["policy/model.layers.0.q_proj.A"]
+    )
 
 
 def goes_on_from_its_state(outer: Outer, stage: int, world: distributed.World) -> None:
@@ -121,10 +138,12 @@ def goes_on_from_its_state(outer: Outer, stage: int, world: distributed.World) -
     again.load({group: outer.values(group) for group in LR}, outer.state())
     for step in (7, 8):
         for engine in (outer, again):
-            assert engine.step(gradients(step, world.rank, groups()))
+            assert engine.step(gradients(step, world.rank, groups()))[0]
         one, two = values(outer) | outer.state(), values(again) | again.state()
         assert one.keys() == two.keys()
-        assert all(torch.equal(one[key], two[key]) for key in one), [k for k in one if not torch.equal(one[k], two[k])]
+        assert all(torch.equal(one[key], two[key]) for key in one), [
+            k for k in one if not torch.equal(one[k], two[k])
+        ]
 
 
 def collectives(world: distributed.World) -> None:
@@ -134,8 +153,13 @@ def collectives(world: distributed.World) -> None:
     own = torch.tensor([world.rank, 7], dtype=torch.uint8)
     assert [x.tolist() for x in distributed.gather_bytes(own)] == [[r, 7] for r in range(world.size)]
     assert distributed.any_rank(world.rank == world.size - 1) and not distributed.any_rank(False)
-    assert not distributed.all_finite([torch.tensor([1.0, float("inf") if world.rank == 0 else 1.0])])
-    assert distributed.all_finite([torch.ones(2), torch.zeros(0)])
+    many = {"a": torch.full((2, 3), 1.0 + world.rank), "b": torch.tensor(2.0), "c": torch.zeros(0)}
+    mean = distributed.mean_over_ranks(many)
+    assert mean["a"].tolist() == [[1 + (world.size - 1) / 2] * 3] * 2
+    assert mean["b"] == 2 and mean["c"].shape == (0,)
+    assert many["a"][0, 0] == 1.0 + world.rank, "its input stays"
+    one = {"a": torch.tensor([1.0, float("inf") if world.rank == 0 else 1.0])}
+    assert distributed.mean_over_ranks(one)["a"].isfinite().tolist() == [True, False]
 
 
 def on_each_rank(folder: str) -> None:
@@ -170,7 +194,7 @@ def moved(folder: str, worlds: list[int]) -> None:
             outer = make(stage, world)
             outer.load(tree, {key: x for key, x in saved.items() if not key.startswith("value:")})
             # the same gradient on every rank, so that the number of ranks does not matter
-            assert outer.step(gradients(9, 0, groups()))
+            assert outer.step(gradients(9, 0, groups()))[0]
             results.append(values(outer))
         want = reference_after(size)
         for got in results:
@@ -202,7 +226,9 @@ def reference_after(size: int) -> dict[str, Tensor]:
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_the_engine_equals_torch_optim_skips_and_goes_on_at_every_stage_and_size(ranks: Ranks, tmp_path: Path) -> None:
+def test_the_engine_equals_torch_optim_skips_and_goes_on_at_every_stage_and_size(
+    ranks: Ranks, tmp_path: Path
+) -> None:
     for world in (1, 2):
         ranks("test_distributed:on_each_rank", str(tmp_path), world=world).good()
     assert len(list(tmp_path.iterdir())) == 2 * len(STAGES)
@@ -232,4 +258,4 @@ def test_a_process_by_itself_reduces_without_a_group() -> None:
     assert distributed.reduce_sum([1.5]) == [1.5]
     assert distributed.gather_bytes(torch.tensor([3], dtype=torch.uint8))[0].tolist() == [3]
     assert distributed.any_rank(True) and not distributed.any_rank(False)
-    assert not distributed.all_finite([torch.tensor(float("nan"))])
+    assert distributed.mean_over_ranks({"a": torch.ones(2)})["a"].tolist() == [1.0, 1.0]

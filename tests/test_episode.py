@@ -32,14 +32,26 @@ from mass.scorer import Scorer
 T, N = 2, 4
 
 GOOD = [
-    [("1 + 2 =", "3\nAnswer: 3"), ("4 + 4 = ?", "Answer: 8"), ("2 + 5", "2 + 5 = 7. Answer: 7"), ("9 + 1", "Answer: 11")],
-    [("6 - 2", "Answer: 4"), ("7 - 7 = ?", "7 - 7 is 0.\nAnswer: 0"), ("8 - 5", "Answer: 1"), ("5 - 1", "It is Answer: 4")],
+    [
+        ("1 + 2 =", "3\nAnswer: 3"),
+        ("4 + 4 = ?", "Answer: 8"),
+        ("2 + 5", "2 + 5 = 7. Answer: 7"),
+        ("9 + 1", "Answer: 11"),
+    ],
+    [
+        ("6 - 2", "Answer: 4"),
+        ("7 - 7 = ?", "7 - 7 is 0.\nAnswer: 0"),
+        ("8 - 5", "Answer: 1"),
+        ("5 - 1", "It is Answer: 4"),
+    ],
 ]
 
 
 def tasks() -> list[Task]:
     rows = [("p0", "3 + 4 =", "7", "3 + 4 = 7\nAnswer: 7"), ("p1", "9 - 4 =", "5", "Answer: 5")]
-    return [Task(Problem(id, text), answer, solution, "t", "numeric", None) for id, text, answer, solution in rows]
+    return [
+        Task(Problem(id, text), answer, solution, "t", "numeric", None) for id, text, answer, solution in rows
+    ]
 
 
 class FixedVerifier:
@@ -64,7 +76,9 @@ class World:
         return episode.run(self.setting, tasks(), 0, **arguments)
 
 
-def make_world(monkeypatch: pytest.MonkeyPatch, *overrides: str, examples: Any = GOOD, old_noise: float = 0.4) -> World:
+def make_world(
+    monkeypatch: pytest.MonkeyPatch, *overrides: str, examples: Any = GOOD, old_noise: float = 0.4
+) -> World:
     """A tiny Llama, a policy that is not zero, a scorer whose scores differ, and hand-made examples.
 
     The rollouts hold the text that a model would have written, with old log-probabilities off by `old_noise`.
@@ -85,24 +99,31 @@ def make_world(monkeypatch: pytest.MonkeyPatch, *overrides: str, examples: Any =
     }
     head = Scorer(64, 2, 8).double()
     eta = {
-        key: 0.3 * torch.randn(p.shape, dtype=torch.float64, generator=generator) for key, p in head.named_parameters()
+        key: 0.3 * torch.randn(p.shape, dtype=torch.float64, generator=generator)
+        for key, p in head.named_parameters()
     }
     i = recipe.inner
     rule = Rule(i.optimizer, i.momentum, i.beta1, i.beta2, i.eps, i.eps_root, i.clip)
     mode = recipe.meta_gradient.mode
     engine = "blockwise" if mode == "auto" else mode
-    setting = Setting(recipe, lm, parts, engine, True, prompts, [], FixedVerifier(), rule, head)  # type: ignore[arg-type]
+    again = recipe.inner.checkpoint
+    setting = Setting(recipe, lm, parts, engine, True, again, "", prompts, [], FixedVerifier(), rule, head)  # type: ignore[arg-type]
     names = {episode.rate_name(setting, key) for key in policy}
     log_lr = {name: torch.tensor([-1.0 + 0.1 * j]).double() for j, name in enumerate(sorted(names))}
 
-    parsed = [[Example(*e, True, "") if e else Example("", "x", False, "no_answer") for e in own] for own in examples]
+    parsed = [
+        [Example(*e, True, "") if e else Example("", "x", False, "no_answer") for e in own]
+        for own in examples
+    ]
     packed, valid_TN = pack_examples(lm, prompts, parsed, [[] for _ in parsed])
     asked = [prompts.generate(t.problem.text) for t in tasks()]
     rollouts = []
     for t, own in enumerate(parsed):
         row = []
         for e in own:
-            tokens = lm.tokenizer.encode(f" {e.problem}\nSolution: {e.solution}\n\n", add_special_tokens=False)
+            tokens = lm.tokenizer.encode(
+                f" {e.problem}\nSolution: {e.solution}\n\n", add_special_tokens=False
+            )
             logprob = naive_logprobs(lm, asked[t] + tokens, len(asked[t]), policy).detach()
             noise = old_noise * torch.randn(len(tokens), generator=generator).double()
             row.append(Rollout(tokens, (logprob + noise).tolist(), True, ""))
@@ -125,7 +146,9 @@ def make_world(monkeypatch: pytest.MonkeyPatch, *overrides: str, examples: Any =
 # ---- the reference pipeline
 
 
-def naive_logprobs(lm: LanguageModel, tokens: list[int], prompt: int, adapter: Mapping[str, Tensor] | None) -> Tensor:
+def naive_logprobs(
+    lm: LanguageModel, tokens: list[int], prompt: int, adapter: Mapping[str, Tensor] | None
+) -> Tensor:
     """log p of each token after the prompt, by the whole model on one sequence; `adapter` without task axis."""
     own = None if adapter is None else {key: x.unsqueeze(0) for key, x in adapter.items()}
     with using(lm.lora, own), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
@@ -152,7 +175,13 @@ def naive_outer(
     eta, policy = eta or world.eta, policy or world.policy
     s, r = world.setting, world.setting.recipe
     task_TF, example_TNF = episode.features(
-        s.lm, s.parts, s.prompts, world.practice, [t.problem.text for t in tasks()], r.scorer.layers, r.scorer.pool
+        s.lm,
+        s.parts,
+        s.prompts,
+        world.practice,
+        [t.problem.text for t in tasks()],
+        r.scorer.layers,
+        r.scorer.pool,
     )
     score_TN = torch.func.functional_call(s.head, dict(eta), (task_TF, example_TNF)).detach()
     total = 0.0
@@ -170,9 +199,9 @@ def naive_outer(
             ]
             grads = dict(zip(leaf, torch.autograd.grad(sum(losses) / N, list(leaf.values())), strict=True))
             if r.inner.clip is not None:
-                size = torch.sqrt(sum((g**2).sum() for g in grads.values()))
-                assert size > r.inner.clip, "the clip is to act in this test"
-                grads = {key: g * r.inner.clip / (size + 1e-6) for key, g in grads.items()}
+                norm = torch.stack([(g**2).sum() for g in grads.values()]).sum().sqrt()
+                assert norm > r.inner.clip, "the clip is to act in this test"
+                grads = {key: g * r.inner.clip / (norm + 1e-6) for key, g in grads.items()}
             for key, g in grads.items():
                 rate = r.inner.lr if log_lr is None else log_lr[episode.rate_name(s, key)].exp().item()
                 if r.inner.optimizer == "sgd":
@@ -189,7 +218,9 @@ def naive_outer(
     return total / T
 
 
-def slope(value: Callable[[dict[str, Tensor]], float], at: Mapping[str, Tensor], direction: Mapping[str, Tensor]) -> float:
+def slope(
+    value: Callable[[dict[str, Tensor]], float], at: Mapping[str, Tensor], direction: Mapping[str, Tensor]
+) -> float:
     """Central difference of `value` at `at` along `direction`."""
     h = 1e-4
     up, down = (value({key: p + sign * h * direction[key] for key, p in at.items()}) for sign in (1, -1))
@@ -199,8 +230,12 @@ def slope(value: Callable[[dict[str, Tensor]], float], at: Mapping[str, Tensor],
 def random_direction(at: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     out = {key: torch.randn(x.shape, dtype=torch.float64, generator=generator) for key, x in at.items()}
-    size = torch.sqrt(sum((x**2).sum() for x in out.values()))
-    return {key: x / size for key, x in out.items()}
+    norm = torch.stack([(x**2).sum() for x in out.values()]).sum().sqrt()
+    return {key: x / norm for key, x in out.items()}
+
+
+def size(result: Result, group: str) -> float:
+    return sum(g.square().sum().item() for key, g in result.gradients.items() if key.startswith(group)) ** 0.5
 
 
 def along(result: Result, group: str, direction: Mapping[str, Tensor]) -> float:
@@ -223,14 +258,19 @@ def test_scorer_and_start_gradients_are_the_derivatives_of_the_whole_pipeline(
     assert result.metrics["meta/loss"] == pytest.approx(naive_outer(world), rel=1e-8)
     for name, at in (("scorer", world.eta), ("policy", world.policy)):
         direction = random_direction(at, 11)
-        argument = {"scorer": "eta", "policy": "policy"}[name]
-        numeric = slope(lambda x, argument=argument: naive_outer(world, **{argument: x}), at, direction)
+
+        def whole(x: dict[str, Tensor], name: str = name) -> float:
+            return naive_outer(world, eta=x) if name == "scorer" else naive_outer(world, policy=x)
+
+        numeric = slope(whole, at, direction)
         assert abs(numeric) > 1e-5
         assert along(result, name, direction) == pytest.approx(numeric, rel=1e-5), name
 
 
 @pytest.mark.parametrize("kind", ["one", "layer"])
-def test_learned_rate_gradient_is_the_derivative_by_its_logarithm(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_learned_rate_gradient_is_the_derivative_by_its_logarithm(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
     world = make_world(monkeypatch, *ONLY_META, f"inner.learned_lr={kind}")
     assert len(world.log_lr) == {"one": 1, "layer": 2}[kind]
     result = world.run()
@@ -256,19 +296,26 @@ MODES = ["blockwise", "reverse", "finite_difference"]
 
 
 @pytest.mark.parametrize("loss", ["gold", "verifier"])
-def test_the_scorer_gets_one_and_the_same_gradient_in_every_mode(monkeypatch: pytest.MonkeyPatch, loss: str) -> None:
+def test_the_scorer_gets_one_and_the_same_gradient_in_every_mode(
+    monkeypatch: pytest.MonkeyPatch, loss: str
+) -> None:
     results = {}
     for mode in MODES:
-        world = make_world(monkeypatch, *SGD, "scorer.l2=0", f"meta_gradient.mode={mode}", f"outer.loss={loss}")
+        world = make_world(
+            monkeypatch, *SGD, "scorer.l2=0", f"meta_gradient.mode={mode}", f"outer.loss={loss}"
+        )
         results[mode] = world.run()
     for mode, result in results.items():
-        assert result.metrics["scorer/grad_norm"] > 1e-4, mode
+        assert size(result, "scorer") > 1e-4, mode
         assert result.credit_TN.sum(1).abs().max() < 1e-6, "the softmax ignores shifts"
         for key, got in result.gradients.items():
             want = results["reverse"].gradients[key]
             loose = mode == "finite_difference"
             torch.testing.assert_close(
-                got, want, rtol=1e-3 if loose else 1e-7, atol=1e-10 + (1e-4 if loose else 1e-7) * want.abs().max().item()
+                got,
+                want,
+                rtol=1e-3 if loose else 1e-7,
+                atol=1e-10 + (1e-4 if loose else 1e-7) * want.abs().max().item(),
             )
     if loss == "verifier":
         assert {0.0, 1.0} != {results["reverse"].metrics["reward/solve_after"]}
@@ -281,7 +328,9 @@ def test_weights_credit_and_effective_examples_are_reported(monkeypatch: pytest.
     result = make_world(monkeypatch, *SGD).run()
     assert result.weight_TN.sum(1).tolist() == pytest.approx([N, N])
     share = result.weight_TN / N
-    assert result.metrics["scorer/effective_examples"] == pytest.approx((1 / share.square().sum(1)).mean().item())
+    assert result.metrics["scorer/effective_examples"] == pytest.approx(
+        (1 / share.square().sum(1)).mean().item()
+    )
     assert 1 < result.metrics["scorer/effective_examples"] < N
     assert result.metrics["generator/valid"] == 1 and result.metrics["meta/exploded"] == 0
     assert result.metrics["meta/gain"] == pytest.approx(
@@ -345,7 +394,7 @@ def test_gamma_adds_the_gradient_of_the_solver_loss_at_the_policy(monkeypatch: p
     world = make_world(monkeypatch, *SGD, "outer.gamma=0.4")
     result = world.run()
     leaf = {key: x.detach().requires_grad_() for key, x in world.policy.items()}
-    loss = sum(naive_loss(world, task.problem.text, task.solution, leaf) for task in tasks()) / T
+    loss = torch.stack([naive_loss(world, task.problem.text, task.solution, leaf) for task in tasks()]).mean()
     assert result.metrics["meta/loss_before"] == pytest.approx(loss.item())
     for key, g in zip(leaf, torch.autograd.grad(0.4 * loss, list(leaf.values())), strict=True):
         torch.testing.assert_close(result.gradients[f"policy/{key}"] - without.gradients[f"policy/{key}"], g)
@@ -357,7 +406,13 @@ def test_scorer_l2_pulls_the_scores_together(monkeypatch: pytest.MonkeyPatch) ->
     result = world.run()
     s, r = world.setting, world.setting.recipe
     inputs = episode.features(
-        s.lm, s.parts, s.prompts, world.practice, [t.problem.text for t in tasks()], r.scorer.layers, r.scorer.pool
+        s.lm,
+        s.parts,
+        s.prompts,
+        world.practice,
+        [t.problem.text for t in tasks()],
+        r.scorer.layers,
+        r.scorer.pool,
     )
 
     def penalty(eta: Mapping[str, Tensor]) -> float:
@@ -377,7 +432,13 @@ NOTHING = [[None] * N, [None] * N]
 def test_a_batch_without_a_valid_example_has_no_gradient_but_penalty_and_kl(
     monkeypatch: pytest.MonkeyPatch, loss: str
 ) -> None:
-    off = ("outer.gamma=0", "outer.malformed_penalty=0", "outer.beta=0", f"outer.loss={loss}", "inner.learned_lr=one")
+    off = (
+        "outer.gamma=0",
+        "outer.malformed_penalty=0",
+        "outer.beta=0",
+        f"outer.loss={loss}",
+        "inner.learned_lr=one",
+    )
     result = make_world(monkeypatch, *SGD, *off, examples=NOTHING).run()
     assert all((g == 0).all() for g in result.gradients.values())
     assert result.metrics["generator/empty_tasks"] == 1 and result.metrics["generator/valid"] == 0
@@ -385,7 +446,9 @@ def test_a_batch_without_a_valid_example_has_no_gradient_but_penalty_and_kl(
     if loss == "gold":
         assert result.metrics["meta/gain"] == 0
 
-    world = make_world(monkeypatch, *SGD, "outer.gamma=0", "outer.beta=0.2", f"outer.loss={loss}", examples=NOTHING)
+    world = make_world(
+        monkeypatch, *SGD, "outer.gamma=0", "outer.beta=0.2", f"outer.loss={loss}", examples=NOTHING
+    )
     punished = world.run()
     want = naive_generator_gradient(world, torch.full((T, N), -0.5).double())
     for key, g in want.items():
@@ -401,8 +464,12 @@ def test_a_batch_without_a_valid_example_warns_of_nothing(monkeypatch: pytest.Mo
         world.run()
 
 
-def test_a_task_without_a_valid_example_leaves_the_others_their_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    world = make_world(monkeypatch, *SGD, *ONLY_META, "outer.through_init=true", examples=[GOOD[0], [None] * N])
+def test_a_task_without_a_valid_example_leaves_the_others_their_gradient(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = make_world(
+        monkeypatch, *SGD, *ONLY_META, "outer.through_init=true", examples=[GOOD[0], [None] * N]
+    )
     result = world.run()
     direction = random_direction(world.eta, 12)
     numeric = slope(lambda x: naive_outer(world, eta=x), world.eta, direction)
@@ -429,7 +496,9 @@ def test_an_exploded_task_is_dropped_from_every_gradient_through_the_inner_loop(
             return naive_outer(world, log_lr=world.log_lr, counts=(False, True), **{argument: x})
 
         direction = random_direction(at, 13)
-        assert along(result, name, direction) == pytest.approx(slope(second_alone, at, direction), rel=1e-5), name
+        assert along(result, name, direction) == pytest.approx(
+            slope(second_alone, at, direction), rel=1e-5
+        ), name
     assert (result.credit_TN[0] == 0).all() and result.credit_TN[1].abs().max() > 0
     assert result.metrics["meta/exploded"] == 0.5
 
@@ -446,7 +515,7 @@ def test_an_inner_loss_that_grows_too_much_explodes(monkeypatch: pytest.MonkeyPa
 def test_a_policy_that_is_kept_costs_no_generator_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     result = make_world(monkeypatch, *SGD, "outer.lr_policy=0", "outer.gamma=0").run()
     assert all((g == 0).all() for key, g in result.gradients.items() if key.startswith("policy/"))
-    assert result.metrics["scorer/grad_norm"] > 0
+    assert size(result, "scorer") > 0
 
 
 def test_a_step_answers_before_and_after_for_the_table_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:

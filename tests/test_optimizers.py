@@ -1,5 +1,7 @@
 """Inner optimizers against torch.optim, one task at a time, and their derivatives where they are delicate."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -30,8 +32,6 @@ def rates(lr: float) -> Tensors:
     ],
 )
 def test_ten_steps_equal_torch_optim_task_by_task(rule: Rule, clip: float | None) -> None:
-    from dataclasses import replace
-
     rule = replace(rule, clip=clip)
     # the second task's gradients are small enough never to be clipped, the others' are cut
     scale = torch.tensor([1.0, 0.1, 30.0], dtype=torch.float64).view(3, 1, 1)
@@ -147,10 +147,11 @@ def test_an_exactly_zero_gradient_has_a_finite_second_order(rule: Rule, where: s
     after, state = optimizers.update(rule, 1, leaf, state, after, lr)
     total = torch.stack([(x * random(9)[key]).sum() for key, x in after.items()]).sum()
     first = torch.autograd.grad(total, list(leaf.values()), create_graph=True)
-    second = torch.autograd.grad(sum(x.square().sum() for x in first), list(leaf.values()), allow_unused=True)
+    square = torch.stack([x.square().sum() for x in first]).sum()
+    second = torch.autograd.grad(square, list(leaf.values()), allow_unused=True)
     assert all(torch.isfinite(x).all() for x in first)
     assert all(x is None or torch.isfinite(x).all() for x in second)
-    _, pull = torch.func.vjp(
+    _, pull, *_ = torch.func.vjp(
         lambda g: optimizers.update(rule, 0, g, optimizers.init(rule, params), params, lr)[0], grad
     )
     assert all(torch.isfinite(x).all() for x in pull(random(9))[0].values())

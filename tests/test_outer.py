@@ -52,14 +52,16 @@ def test_verifier_loss_weighs_each_answer_s_mean_log_probability() -> None:
     advantage_TG = torch.tensor([[1.0, -0.5, -0.5], [0.0, 2.0, -2.0]], dtype=torch.float64)
     tokens = by_example(packed, logprob_M)
     wanted = [
-        -sum(advantage_TG[t, g].item() * sum(tokens[t, g]).item() / len(tokens[t, g]) for g in range(3)) / 3
+        -sum(advantage_TG[t, g].item() * torch.stack(tokens[t, g]).mean().item() for g in range(3)) / 3
         for t in range(2)
     ]
     assert verifier_loss(packed, logprob_M, advantage_TG).tolist() == pytest.approx(wanted)
 
 
 def test_group_advantage_standardises_within_a_task_and_leaves_failed_verdicts_out() -> None:
-    reward_TG = torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, NAN, 0.0, 0.5], [1.0, 1.0, 1.0, 1.0], [1.0, NAN, NAN, NAN]])
+    reward_TG = torch.tensor(
+        [[1.0, 0.0, 0.0, 1.0], [1.0, NAN, 0.0, 0.5], [1.0, 1.0, 1.0, 1.0], [1.0, NAN, NAN, NAN]]
+    )
     got = group_advantage(reward_TG, 1e-8)
     std = math.sqrt(4 * 0.25 / 3)
     assert got[0].tolist() == pytest.approx([0.5 / std, -0.5 / std, -0.5 / std, 0.5 / std])
@@ -131,7 +133,10 @@ def naive_policy_loss(
 def test_policy_loss_and_its_gradient_equal_a_loop_over_tokens(beta: float) -> None:
     packed = packed_of([[3, 1, 4], [2, 6, 5]])
     logprob_M = random_logprobs(packed, 2).requires_grad_()
-    old_M = logprob_M.detach() + 0.3 * torch.randn(logprob_M.shape, generator=torch.Generator().manual_seed(5)).double()
+    old_M = (
+        logprob_M.detach()
+        + 0.3 * torch.randn(logprob_M.shape, generator=torch.Generator().manual_seed(5)).double()
+    )
     base_M = random_logprobs(packed, 3) if beta else None
     advantage_TN = torch.tensor([[1.0, -2.0, 0.5], [-1.0, 0.0, 3.0]], dtype=torch.float64)
     loss_TN, kl_TN = policy_loss(packed, logprob_M, old_M, base_M, advantage_TN, ratio_clip=0.2, beta=beta)
@@ -144,7 +149,9 @@ def test_policy_loss_and_its_gradient_equal_a_loop_over_tokens(beta: float) -> N
         ratio_M, a_M = (logprob_M - old_M).exp(), advantage_TN.flatten()[packed.owner_M]
         dead = ((ratio_M > 1.2) & (a_M > 0)) | ((ratio_M < 0.8) & (a_M < 0))
         wrong_side = ((ratio_M > 1.2) & (a_M < 0)) | ((ratio_M < 0.8) & (a_M > 0))
-        assert ((ratio_M > 1.2) & (a_M > 0)).any() and ((ratio_M < 0.8) & (a_M < 0)).any() and wrong_side.any()
+        assert (
+            ((ratio_M > 1.2) & (a_M > 0)).any() and ((ratio_M < 0.8) & (a_M < 0)).any() and wrong_side.any()
+        )
         assert (got[dead] == 0).all(), "beyond the clip on the side that the advantage pushes to: no gradient"
         assert (got[wrong_side] != 0).all(), "beyond the clip on the other side: pulled back"
         assert (kl_TN == 0).all()
@@ -154,7 +161,9 @@ def test_on_policy_gradient_is_the_plain_policy_gradient() -> None:
     packed = packed_of([[3, 2]])
     logprob_M = random_logprobs(packed, 4).requires_grad_()
     advantage_TN = torch.tensor([[1.5, -0.5]], dtype=torch.float64)
-    loss_TN, _ = policy_loss(packed, logprob_M, logprob_M.detach(), None, advantage_TN, ratio_clip=0.2, beta=0.0)
+    loss_TN, _ = policy_loss(
+        packed, logprob_M, logprob_M.detach(), None, advantage_TN, ratio_clip=0.2, beta=0.0
+    )
     got = torch.autograd.grad(loss_TN.sum(), logprob_M)[0]
     wanted = -(advantage_TN / packed.count_TN).flatten()[packed.owner_M]
     torch.testing.assert_close(got, wanted)

@@ -32,7 +32,9 @@ def prompts(chain: LanguageModel) -> Prompts:
     return make_prompts(chain.tokenizer, "plain", None, None)
 
 
-def policy_of(lm: LanguageModel, tasks: int, size: float = 0.05, dtype: torch.dtype = torch.float32) -> lora.Adapter:
+def policy_of(
+    lm: LanguageModel, tasks: int, size: float = 0.05, dtype: torch.dtype = torch.float32
+) -> lora.Adapter:
     """T different adapters that are not zero."""
     generator = torch.Generator().manual_seed(1)
     return {
@@ -59,7 +61,9 @@ def write(
 def test_seeds_are_stable_and_differ_by_every_part() -> None:
     # pinned: a seed that changed with the Python version or machine would change what a run samples
     assert seed_of(0, 3, "p1", 2) == 6783232311231504771
-    many = {seed_of(s, t, p, i) for s in range(3) for t in range(3) for p in ("a", "ab", "b") for i in range(3)}
+    many = {
+        seed_of(s, t, p, i) for s in range(3) for t in range(3) for p in ("a", "ab", "b") for i in range(3)
+    }
     assert len(many) == 81 and all(0 <= x < 2**63 for x in many)
     assert seed_of("a", "bc") != seed_of("ab", "c")
 
@@ -186,7 +190,11 @@ def test_fine_tuning_many_tasks_equals_torch_optim_on_each(kind: str, recompute:
         values = []
         for k in range(4):
             value, _, grad = loss_and_grad(
-                lm.hf, lm.lora, packed, own, lambda x, t=t, packed=packed: (weight_TN[t] * example_loss(packed, x)).sum() / 3
+                lm.hf,
+                lm.lora,
+                packed,
+                own,
+                lambda x, t=t, packed=packed: (weight_TN[t] * example_loss(packed, x)).sum() / 3,
             )
             values.append(value.item())
             if k == 3:
@@ -220,13 +228,22 @@ def test_fine_tuning_on_nothing_moves_nothing() -> None:
     start = policy_of(lm, 2)
     lr = {key: torch.tensor(0.3) for key in start}
     tuned = fine_tune(
-        lm, pack([[None, None], [None, None]], 0), torch.zeros(2, 2), start, rule=Rule(clip=1.0), lr=lr, steps=2, max_growth=2.0
+        lm,
+        pack([[None, None], [None, None]], 0),
+        torch.zeros(2, 2),
+        start,
+        rule=Rule(clip=1.0),
+        lr=lr,
+        steps=2,
+        max_growth=2.0,
     )
     assert all(torch.equal(tuned.trajectory.adapter[key], start[key]) for key in start)
     assert not tuned.exploded_T.any() and tuned.before_T.tolist() == [0.0, 0.0]
 
 
-def test_the_chain_model_is_what_the_run_tests_need(tmp_path: Path, chain: LanguageModel, prompts: Prompts) -> None:
+def test_the_chain_model_is_what_the_run_tests_need(
+    tmp_path: Path, chain: LanguageModel, prompts: Prompts
+) -> None:
     """Answers 1, 2 and 3 all occur, in both prompt styles."""
     for style in ("plain", "chat"):
         own = make_prompts(chain.tokenizer, style, None, None)

@@ -68,7 +68,9 @@ def test_effective_examples_counts_how_many_carry_the_weight() -> None:
     weight_TN = torch.tensor(
         [[1.0, 1.0, 1.0, 1.0], [4.0, 0.0, 0.0, 0.0], [2.0, 2.0, 0.0, 0.0], [0.0] * 4, [3.0, 1.0, 0.0, 0.0]]
     )
-    assert effective_examples(weight_TN).tolist() == pytest.approx([4.0, 1.0, 2.0, 0.0, 1 / (9 / 16 + 1 / 16)])
+    assert effective_examples(weight_TN).tolist() == pytest.approx(
+        [4.0, 1.0, 2.0, 0.0, 1 / (9 / 16 + 1 / 16)]
+    )
 
 
 def test_saturation_is_the_mean_square_of_centred_valid_scores() -> None:
@@ -147,7 +149,9 @@ def test_features_are_mean_hidden_states_of_the_target_tokens(architecture: str,
                 continue
             with torch.no_grad():
                 out = lm.hf(input_ids=torch.tensor([s.tokens]), output_hidden_states=True)
-            wanted = torch.cat([state[0, s.prompt :].mean(0) for state in (out.hidden_states[2], out.hidden_states[4])])
+            wanted = torch.cat(
+                [state[0, s.prompt :].mean(0) for state in (out.hidden_states[2], out.hidden_states[4])]
+            )
             torch.testing.assert_close(got[t, n], wanted, rtol=1e-4, atol=1e-4)
 
 

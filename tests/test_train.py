@@ -31,7 +31,7 @@ problems: {train: PROBLEMS, heldout_size: 4}
 lora: {rank: 2}
 generate: {examples: 3, max_new_tokens: 16, answer_tokens: 8}
 scorer: {hidden: 8}
-outer: {steps: 3, tasks: 2, rollouts: 6, warmup: 0}
+outer: {steps: 3, tasks: 2, rollouts: 6, warmup: 0, lr_scorer: 3e-4}
 save: {every: 1, keep: 0}
 """
 STEP_FILES = {
@@ -71,7 +71,11 @@ def step_of(run: Path, step: int) -> Path:
 
 def tensors(step: Path) -> dict[str, torch.Tensor]:
     """All tensors of a step folder but the random states, by file and name."""
-    files = {"policy": "policy/adapter_model.safetensors", "scorer": "scorer.safetensors", "optimizer": "optimizer.safetensors"}
+    files = {
+        "policy": "policy/adapter_model.safetensors",
+        "scorer": "scorer.safetensors",
+        "optimizer": "optimizer.safetensors",
+    }
     return {f"{kind} {key}": x for kind, name in files.items() for key, x in load_file(step / name).items()}
 
 
@@ -84,10 +88,10 @@ def no_leftovers(folder: Path) -> None:
     assert not [path for path in folder.rglob("*") if ".tmp" in path.name or path.name.endswith(".partial")]
 
 
-def is_run_folder(run: Path, steps: list[int]) -> None:
+def is_run_folder(run: Path, steps: list[int], tensorboard: bool = True) -> None:
     """Section 5 of the design: everything there, complete, and nothing beside."""
     assert (run / "recipe.yaml").is_file() and (run / "samples.jsonl").is_file()
-    assert [path for path in (run / "tb").iterdir() if path.name.startswith("events")]
+    assert any((run / "tb").glob("events*")) == tensorboard
     assert (run / "latest").read_text() == f"step_{steps[-1]:06d}\n"
     assert sorted(path.name for path in run.glob("step_*")) == [f"step_{step:06d}" for step in steps]
     for step in steps:
@@ -125,12 +129,18 @@ def type_in(words: list[str]) -> subprocess.CompletedProcess[str]:
 def interrupted(words: list[str], number: signal.Signals, after: str) -> tuple[int, str]:
     """Exit code and output of a command whose whole process group gets a signal once it has printed `after`."""
     process = subprocess.Popen(
-        words, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        words,
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
     limit = threading.Timer(110, os.killpg, (process.pid, signal.SIGKILL))
     limit.start()
+    assert process.stdout is not None
     try:
-        assert process.stdout is not None
         lines = []
         for line in process.stdout:
             lines.append(line)
@@ -162,7 +172,9 @@ def test_mass_train_runs_smoke_to_the_end(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_python_stops_at_sigint_with_a_save_and_auto_goes_on_to_the_end(recipe: Path, tmp_path: Path) -> None:
-    words = command("python", "launch/meta_train.py", recipe, f"run.folder={tmp_path}", "run.resume=auto", "save.every=50")
+    words = command(
+        "python", "launch/meta_train.py", recipe, f"run.folder={tmp_path}", "run.resume=auto", "save.every=50"
+    )
     words += ["outer.loss=verifier", "problems.verifier=math"]
     code, out = interrupted([*words, "outer.steps=200"], signal.SIGINT, "step 2/")
     assert code == 0, out[-3000:]
@@ -186,7 +198,9 @@ def test_deepspeed_stops_at_a_signal_with_a_save_and_auto_goes_on_to_the_end(
     recipe: Path, tmp_path: Path, number: signal.Signals, ranks: Ranks
 ) -> None:
     own = [f"run.folder={tmp_path}", "run.resume=auto", "save.every=50"]
-    code, out = interrupted(launcher("launch/meta_train.py", recipe, *own, "outer.steps=200"), number, "step 2/")
+    code, out = interrupted(
+        launcher("launch/meta_train.py", recipe, *own, "outer.steps=200"), number, "step 2/"
+    )
     print(f"{number.name}: the launcher exited with {code}")
     assert "stopping after this step" in out and "run.resume=auto continues" in out, out[-3000:]
     stopped = int((tmp_path / "run/latest").read_text().removeprefix("step_"))
@@ -223,7 +237,12 @@ def mean_gap(a: dict[str, Any], b: dict[str, Any], tag: str) -> float:
 
 
 # (loss, inner optimizer) -> the stages on which two ranks are compared with one; the stage only matters to the engine
-COMBINATIONS = {("gold", "sgd"): [0, 3], ("gold", "adam"): [0, 1], ("verifier", "sgd"): [0, 2], ("verifier", "adam"): [0, 3]}
+COMBINATIONS = {
+    ("gold", "sgd"): [0, 3],
+    ("gold", "adam"): [0, 1],
+    ("verifier", "sgd"): [0, 2],
+    ("verifier", "adam"): [0, 3],
+}
 
 
 Pairs = list[tuple[Path, Path]]
@@ -235,9 +254,16 @@ def both(ranks: Ranks, recipe: Path, tmp_path_factory: pytest.TempPathFactory) -
     folder = tmp_path_factory.mktemp("both")
 
     def words(name: str, loss: str, kind: str, *more: str) -> list[str]:
-        adam = ["inner.optimizer=adam", "inner.lr=0.01", "inner.eps_root=1e-6"] if kind == "adam" else []
+        adam = ["inner.optimizer=adam", "inner.lr=0.01", "inner.eps_root=1e-4"] if kind == "adam" else []
         through = ["outer.through_init=true"] if kind == "sgd" else ["inner.learned_lr=one"]
-        own = [f"run.folder={folder}", f"run.name={name}", f"outer.loss={loss}", "save.every=3", *adam, *through]
+        own = [
+            f"run.folder={folder}",
+            f"run.name={name}",
+            f"outer.loss={loss}",
+            "save.every=3",
+            *adam,
+            *through,
+        ]
         return [str(recipe), *own, *more]
 
     one: list[list[str]] = []
@@ -252,7 +278,7 @@ def both(ranks: Ranks, recipe: Path, tmp_path_factory: pytest.TempPathFactory) -
             pairs[stage == 3].append((folder / f"{loss}-{kind}", folder / f"{loss}-{kind}-{stage}"))
     ranks("test_train:many", one, limit=115).good()
     ranks("test_train:many", two, world=2, limit=115).good()
-    ranks("test_train:many", three, world=2, limit=115)
+    ranks("test_train:many", three, world=2, limit=115).good()
     return pairs
 
 
@@ -267,11 +293,6 @@ def test_two_ranks_with_t_tasks_are_one_rank_with_2t(both: tuple[Pairs, Pairs]) 
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-@pytest.mark.xfail(
-    strict=True,
-    reason="at stage 3 DeepSpeed replaces torch.nn.functional.linear by a Function without jvp (zero_optimization."
-    "memory_efficient_linear), and the block-wise engine ends in NotImplementedError, on one rank too",
-)
 def test_two_ranks_with_t_tasks_are_one_rank_with_2t_at_stage_3(both: tuple[Pairs, Pairs]) -> None:
     equal_runs(both[1])
 
@@ -287,7 +308,9 @@ NOISE = "net.4.bias"
     reason="the scorer's last bias has no effect and no gradient but rounding noise, on which Adam takes full steps: "
     "it differs between runs that are equal otherwise",
 )
-def test_the_scorer_s_parameters_move_by_their_gradient_and_not_by_rounding(both: tuple[Pairs, Pairs]) -> None:
+def test_the_scorer_s_parameters_move_by_their_gradient_and_not_by_rounding(
+    both: tuple[Pairs, Pairs],
+) -> None:
     for one, two in both[0]:
         a, b = tensors(step_of(one, 3)), tensors(step_of(two, 3))
         for key in a:
@@ -305,28 +328,34 @@ def equal_runs(pairs: Pairs) -> None:
                 continue
             gap = (a[key].double() - b[key].double()).abs().max().item()
             moment = key.startswith(("optimizer m:", "optimizer v:"))
-            limit = 1e-3 * a[key].abs().max().item() if moment else 1e-6
+            limit = 2e-4 * a[key].abs().max().item() if moment else 1e-6
             assert gap <= limit, (two.name, key, gap, limit)
-        for kind, rate in (("policy", 3e-5), ("scorer", 1e-3)):
-            moved = max(x.abs().max() for key, x in a.items() if key.startswith(kind) and ("lora_B" in key or "4.w" in key))
+        for kind, rate in (("policy", 3e-5), ("scorer", 3e-4)):
+            moved = max(
+                x.abs().max()
+                for key, x in a.items()
+                if key.startswith(kind) and ("lora_B" in key or "4.w" in key)
+            )
             assert moved > rate, "three steps at this rate"
         assert (step_of(one, 3) / "policy/adapter_config.json").read_text() == (
             step_of(two, 3) / "policy/adapter_config.json"
         ).read_text()
         for x, y in zip(log_of(one)[:3], log_of(two)[:3], strict=True):
             assert x.keys() == y.keys()
-            for tag in ("meta/loss", "meta/loss_before", "meta/gain", "generator/valid", "generator/length", "policy/kl"):
+            for tag in (
+                "meta/loss",
+                "meta/loss_before",
+                "meta/gain",
+                "generator/valid",
+                "generator/length",
+                "policy/kl",
+            ):
                 assert mean_gap(x, y, tag) < 1e-4, (two.name, tag, x[tag], y[tag])
             assert x["tokens/generated"] == y["tokens/generated"]
 
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-@pytest.mark.xfail(
-    strict=True,
-    reason="grad_norm is the mean over ranks of each rank's own norm, not the norm of the mean gradient, so the logged "
-    "value falls or rises with the number of ranks",
-)
 def test_the_logged_gradient_norm_does_not_depend_on_the_number_of_ranks(both: tuple[Pairs, Pairs]) -> None:
     for one, two in both[0]:
         for x, y in zip(log_of(one)[:3], log_of(two)[:3], strict=True):
@@ -341,25 +370,45 @@ def timeless(entry: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.multiprocess
 def test_n_steps_are_half_resume_half_bitwise(ranks: Ranks, recipe: Path, tmp_path: Path) -> None:
     """Policy, scorer, optimizer, random states, log and samples; then the same save at another size and stage."""
-    own = [str(recipe), f"run.folder={tmp_path}", "outer.loss=verifier", "inner.learned_lr=layer", "evaluate.every=2"]
+    own = [
+        str(recipe),
+        f"run.folder={tmp_path}",
+        "outer.loss=verifier",
+        "inner.learned_lr=layer",
+        "evaluate.every=2",
+    ]
     own += ["evaluate.problems=3", "outer.steps=4"]
     for world, stage in ((1, 0), (2, 2)):
         more = [*own, f"zero.stage={stage}"]
         whole, parts = tmp_path / f"whole{world}", tmp_path / f"parts{world}"
-        first = ranks("test_train:many", [[*more, f"run.name={whole.name}"], [*more, f"run.name={parts.name}", "outer.steps=2"]], world=world)
+        first = ranks(
+            "test_train:many",
+            [[*more, f"run.name={whole.name}"], [*more, f"run.name={parts.name}", "outer.steps=2"]],
+            world=world,
+        )
         first.good()
-        second = ranks("mass.train:main", [*more, f"run.name={parts.name}", "run.resume=auto"], world=world).good()
-        assert "continuing" in second.out[0] and "WARNING: changed since this run began: outer.steps: 2 -> 4" in second.out[0]
+        second = ranks(
+            "mass.train:main", [*more, f"run.name={parts.name}", "run.resume=auto"], world=world
+        ).good()
+        assert (
+            "continuing" in second.out[0]
+            and "WARNING: changed since this run began: outer.steps: 2 -> 4" in second.out[0]
+        )
         is_run_folder(parts, [1, 2, 3, 4])
         for step in (2, 4):
             for name in STEP_FILES - {"meta.json"}:
-                assert (step_of(whole, step) / name).read_bytes() == (step_of(parts, step) / name).read_bytes(), name
+                assert (step_of(whole, step) / name).read_bytes() == (
+                    step_of(parts, step) / name
+                ).read_bytes(), name
         assert [timeless(x) for x in log_of(whole)] == [timeless(x) for x in log_of(parts)]
         assert "heldout/mass" in log_of(parts)[4]
         texts = [(run / "samples.jsonl").read_text().splitlines() for run in (whole, parts)]
         assert [timeless(json.loads(x)) for x in texts[0]] == [timeless(json.loads(x)) for x in texts[1]]
         learned = load_file(step_of(parts, 4) / "optimizer.safetensors")
-        assert {key for key in learned if key.startswith("value:inner_lr/")} == {"value:inner_lr/block0", "value:inner_lr/block1"}
+        assert {key for key in learned if key.startswith("value:inner_lr/")} == {
+            "value:inner_lr/block0",
+            "value:inner_lr/block1",
+        }
         assert learned["value:inner_lr/block0"] != math.log(0.3)
 
     # two ranks at stage 2 stopped at step 2; one rank at stage 0 goes on in a run of its own
@@ -369,7 +418,25 @@ def test_n_steps_are_half_resume_half_bitwise(ranks: Ranks, recipe: Path, tmp_pa
     for key in a:
         if not key.endswith(NOISE):
             gap = (a[key].double() - b[key].double()).abs().max().item()
-            assert gap <= 1e-6 + 1e-3 * a[key].abs().max() * key.startswith(("optimizer m:", "optimizer v:")), (key, gap)
+            assert gap <= 1e-6 + 1e-3 * a[key].abs().max() * key.startswith(
+                ("optimizer m:", "optimizer v:")
+            ), (key, gap)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.xfail(
+    strict=True,
+    reason="train() reads `leaving`, which no iteration has set: UnboundLocalError and a traceback",
+)
+def test_resuming_beyond_the_last_step_ends_without_a_traceback(
+    ranks: Ranks, recipe: Path, tmp_path: Path
+) -> None:
+    own = [str(recipe), f"run.folder={tmp_path}"]
+    ranks("mass.train:main", [*own, "outer.steps=2"]).good()
+    done = ranks("mass.train:main", [*own, "outer.steps=1", "run.resume=auto"])
+    is_run_folder(tmp_path / "run", [1, 2])
+    assert done.codes[0] in (0, 2) and "Traceback" not in done.err[0]
 
 
 # ---- signals and gradients that are not finite
@@ -409,12 +476,12 @@ def test_sigterm_stops_one_process_with_a_save(ranks: Ranks, recipe: Path, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-@pytest.mark.xfail(strict=True, reason="rank 0 says done when the signal came to another rank only: it looks at its own flag")
-def test_a_signal_to_one_rank_stops_all_and_rank_0_says_so(ranks: Ranks, recipe: Path, tmp_path: Path) -> None:
+def test_a_signal_to_one_rank_stops_all_and_rank_0_says_so(
+    ranks: Ranks, recipe: Path, tmp_path: Path
+) -> None:
     own = [str(recipe), f"run.folder={tmp_path}", "save.every=50"]
-    done = ranks("test_train:disturbed", own, "SIGTERM", [0], 1, world=2)
-    if any(done.codes) or not step_of(tmp_path / "run", 1).is_dir():
-        pytest.skip(f"not what is expected to fail: {done}")
+    done = ranks("test_train:disturbed", own, "SIGTERM", [0], 1, world=2).good()
+    is_run_folder(tmp_path / "run", [1])
     assert "stopped at step 1 on request" in done.out[0]
 
 
@@ -430,10 +497,14 @@ def one_sentence(done: Done, *words: str, rank: int = 0) -> str:
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_gradients_that_are_not_finite_are_skipped_counted_and_end_the_run(ranks: Ranks, recipe: Path, tmp_path: Path) -> None:
+def test_gradients_that_are_not_finite_are_skipped_counted_and_end_the_run(
+    ranks: Ranks, recipe: Path, tmp_path: Path
+) -> None:
     """On two ranks, of which the second alone has them."""
     own = [str(recipe), f"run.folder={tmp_path}", "outer.steps=5"]
-    done = ranks("test_train:disturbed", [*own, "run.name=some", "outer.max_skipped=2"], "nan", [1, 3], 1, world=2).good()
+    done = ranks(
+        "test_train:disturbed", [*own, "run.name=some", "outer.max_skipped=2"], "nan", [1, 3], 1, world=2
+    ).good()
     assert [entry.get("meta/skipped_steps") for entry in log_of(tmp_path / "some")] == [0, 1, 1, 2, 2, None]
     assert "WARNING: step 2 was skipped: its gradient was not finite (1 skipped so far)" in done.out[0]
     saved = [tensors(step_of(tmp_path / "some", step)) for step in (1, 2, 3)]
@@ -469,13 +540,17 @@ def test_a_typing_error_on_the_command_line_ends_with_2(recipe: Path, tmp_path: 
     """As a user types it; the other mistakes are in forks."""
     done = type_in(command("mass-train", recipe, f"run.folder={tmp_path}", "outer.taks=3"))
     assert done.returncode == 2 and done.stdout == ""
-    assert "outer.taks: unknown key. Did you mean outer.tasks?" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        "outer.taks: unknown key. Did you mean outer.tasks?" in done.stderr and "Traceback" not in done.stderr
+    )
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_bad_input_ends_with_one_clear_sentence_and_no_half_written_file(ranks: Ranks, recipe: Path, tmp_path: Path) -> None:
+def test_bad_input_ends_with_one_clear_sentence_and_no_half_written_file(
+    ranks: Ranks, recipe: Path, tmp_path: Path
+) -> None:
     good = json.dumps({"problem": "What is 2 - 1?", "answer": "1"})
     runs = tmp_path / "runs"
     own = [f"run.folder={runs}", "outer.steps=1"]
@@ -539,9 +614,9 @@ def test_a_full_disk_while_saving_loses_nothing_that_was_saved(
     ranks: Ranks, recipe: Path, small_disk: Path, world: int
 ) -> None:
     own = [str(recipe), f"run.folder={small_disk}", "log.tensorboard=false"]
-    # the second save does not fit: what it needs is measured by a first run elsewhere
     one = ranks("mass.train:main", [*own, "outer.steps=1"], world=world).good()
     assert "done" in one.out[0]
+    # room for two thirds of another save
     size = sum(path.stat().st_size for path in step_of(small_disk / "run", 1).rglob("*") if path.is_file())
     stat = os.statvfs(small_disk)
     filler = stat.f_bavail * stat.f_frsize - size * 2 // 3
@@ -550,11 +625,11 @@ def test_a_full_disk_while_saving_loses_nothing_that_was_saved(
     before = tensors(step_of(small_disk / "run", 1))
     done = ranks("mass.train:main", [*own, "run.resume=auto"], world=world)
     one_sentence(done, "no space left while saving step_000002", "step_000001 and earlier saves are safe")
-    is_run_folder(small_disk / "run", [1])
+    is_run_folder(small_disk / "run", [1], tensorboard=False)
     assert tensors(step_of(small_disk / "run", 1)).keys() == before.keys()
     (small_disk / "filler").unlink()
     ranks("mass.train:main", [*own, "run.resume=auto", "outer.steps=2", "save.keep=1"], world=world).good()
-    is_run_folder(small_disk / "run", [2])
+    is_run_folder(small_disk / "run", [2], tensorboard=False)
 
 
 # ---- every recipe
@@ -562,12 +637,23 @@ def test_a_full_disk_while_saving_loses_nothing_that_was_saved(
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_one_outer_step_of_every_recipe_with_a_tiny_model_and_local_data(ranks: Ranks, chain: Path, tmp_path: Path) -> None:
+def test_one_outer_step_of_every_recipe_with_a_tiny_model_and_local_data(
+    ranks: Ranks, chain: Path, tmp_path: Path
+) -> None:
     worked = [
-        {"question": f"Tom has {i + 2} pens and loses {i + 1}.", "answer": f"{i + 2} - {i + 1} = <<1>>1\n#### 1"} for i in range(40)
+        {
+            "question": f"Tom has {i + 2} pens and loses {i + 1}.",
+            "answer": f"{i + 2} - {i + 1} = <<1>>1\n#### 1",
+        }
+        for i in range(40)
     ]
     boxed = [
-        {"problem": f"Find ${i + 2} - {i}$.", "solution": f"It is $\\boxed{{2}}$, as {i} shows.", "answer": "2"} for i in range(60)
+        {
+            "problem": f"Find ${i + 2} - {i}$.",
+            "solution": f"It is $\\boxed{{2}}$, as {i} shows.",
+            "answer": "2",
+        }
+        for i in range(60)
     ]
     gsm8k = lines(tmp_path / "gsm8k.jsonl", *map(json.dumps, worked))
     train = lines(tmp_path / "math.jsonl", *map(json.dumps, boxed[:40]))
@@ -580,7 +666,13 @@ def test_one_outer_step_of_every_recipe_with_a_tiny_model_and_local_data(ranks: 
     }
     found = sorted(ROOT.joinpath("recipes").rglob("*.yaml"))
     assert {path.stem for path in found} == local.keys(), "a new recipe needs its local data here"
-    common = [f"model.path={chain}", "model.device=cpu", f"run.folder={tmp_path}", "outer.steps=1", "outer.tasks=2"]
+    common = [
+        f"model.path={chain}",
+        "model.device=cpu",
+        f"run.folder={tmp_path}",
+        "outer.steps=1",
+        "outer.tasks=2",
+    ]
     common += ["generate.max_new_tokens=24", "generate.answer_tokens=8", "evaluate.problems=4"]
     ranks("test_train:many", [[str(path), *common, *local[path.stem]] for path in found]).good()
     for path in found:

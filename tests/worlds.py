@@ -4,6 +4,7 @@ The references share nothing with `mass` but the LoRA layers: examples stand one
 the model's own logits through F.cross_entropy, optimizers are written out again, and all K steps are unrolled in one graph.
 """
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -40,7 +41,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox": ("gpt_neox", {}),
     "gpt_neox tied": ("gpt_neox", {"tie_word_embeddings": True}),
 }
-SMALL = {"hidden_size": 32, "intermediate_size": 48}
+SMALL: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48}
 
 # name -> (inner optimizer, learning rate)
 RULES: dict[str, tuple[Rule, float]] = {
@@ -156,8 +157,6 @@ def make_huggingface(name: str, dtype: torch.dtype, tasks: int = 2) -> World:
 
 def in_float64(world: World) -> World:
     """The same world, weights rounded as they are, computed in pure float64 throughout: the truth for lower precision."""
-    import copy
-
     lora.detach(world.hf, world.layers)
     hf = copy.deepcopy(world.hf).double()
     again = lora.attach(world.hf, LoraShape(2, 4.0, ("all-linear",)))
@@ -244,7 +243,7 @@ def meta(world: World, engine: str, rule: Rule, lr: float, K: int, **options: An
 
 
 def plain_loss(
-    hf: PreTrainedModel, layers: Layers, rows: list[list[Sequence | None]], adapter: Adapter
+    hf: PreTrainedModel, layers: Layers, rows: list[list[Sequence | None]], adapter: Mapping[str, Tensor]
 ) -> Tensor:
     """Mean cross-entropy of every sequence, [T, N] (0 if absent): one sequence a row, padded on the right."""
     tasks, most = len(rows), max(len(task) for task in rows)
@@ -310,7 +309,8 @@ def unroll(
     weight = world.weight_TN.detach().requires_grad_()
     start = {key: x.detach().requires_grad_() for key, x in world.start.items()}
     rate = {key: x.requires_grad_() for key, x in rates(world, lr).items()}
-    p, memory = start, {}
+    p = start
+    memory: dict[str, Tensor] = {}
     for k in range(K):
         loss = (weight * losses(True, p)).sum() / weight.shape[1]
         got = torch.autograd.grad(loss, list(p.values()), create_graph=True)
@@ -354,7 +354,7 @@ def numeric(rule_name: str, K: int) -> Numeric:
     g = torch.Generator().manual_seed(7)
 
     def loss_T(**changed: Any) -> Tensor:
-        given = {"weight_TN": w, "start": world.start, "lr": lr} | changed
+        given: dict[str, Any] = {"weight_TN": w, "start": world.start, "lr": lr} | changed
         return outer_loss(
             world, loop(world, rule, given["lr"], K, given["weight_TN"], given["start"]).adapter
         )

@@ -1,0 +1,140 @@
+"""launch/meta_bench.py: every engine and peer computes the same gradient, and one command measures it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+LAUNCH = Path(__file__).resolve().parents[1] / "launch"
+sys.path.insert(0, str(LAUNCH))
+
+import meta_bench  # noqa: E402
+import meta_bench_gradients as gradients  # noqa: E402
+import meta_bench_methods as methods  # noqa: E402
+
+NARROW = {
+    "vocab_size": 64,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def case(**changes: Any) -> dict[str, Any]:
+    common = {
+        "case": "grid",
+        "engine": "reverse",
+        "examples": 3,
+        "K": 2,
+        "tokens": 16,
+        "tasks": 2,
+        "layers": 2,
+    }
+    common |= {"device": "cpu", "dtype": "fp64", "init": True, "threads": 1, "shape": NARROW}
+    return common | changes
+
+
+# Hugging Face's norms round to fp32, and finite differences are what they are.
+BOUNDS = {"finite_difference": 1e-2, "blockwise": 1e-6, "blockwise_kept": 1e-6}
+
+
+@pytest.mark.parametrize("kind", ["grid", "real"])
+@pytest.mark.parametrize(
+    "engine", [e for e in gradients.ENGINES if e not in ("first_order", "unrolled", "finite_difference_one")]
+)
+def test_engines_and_peers_agree(engine: str, kind: str) -> None:
+    pytest.importorskip(engine if engine in ("torchopt", "higher") else "torch")
+    truth = methods.unrolled(methods.build(case(case=kind)))
+    # central differences of a float64 model whose norms round to fp32 are too noisy to be compared
+    dtype = "fp32" if engine.startswith("finite") else "fp64"
+    got = methods.METHODS[engine](methods.build(case(case=kind, dtype=dtype)))
+    assert truth.init is not None and got.init is not None
+    assert gradients.distance([got.weight_TN], [truth.weight_TN]) < BOUNDS.get(engine, 1e-7)
+    assert gradients.distance(list(got.init.values()), list(truth.init.values())) < BOUNDS.get(engine, 1e-7)
+    assert truth.weight_TN.abs().min() > 0
+
+
+def test_products_are_counted_against_first_order() -> None:
+    counts = {e: gradients.check(case(engine=e, tasks=1, layers=6, dtype="fp32")) for e in gradients.ENGINES}
+    assert counts["first_order"]["products"] == pytest.approx(1)
+    assert counts["unrolled"]["least"] == 2.0
+    # the adapter's own products are no small part of so narrow a model: 2 and 3 are for wide ones
+    assert 1.9 < counts["unrolled"]["products"] < 2.6
+    assert counts["reverse"]["products"] == pytest.approx(counts["unrolled"]["products"] + 1, abs=0.3)
+    assert counts["blockwise"]["products"] > counts["blockwise_kept"]["products"] + 1
+    assert counts["reverse"]["rel_error"] < 1e-4
+
+
+def test_cases_have_one_name_each() -> None:
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    gradients.add_arguments(parser)
+    short, full = (gradients.cases(parser.parse_args(words)) for words in ([], ["--full"]))
+    for cases in (short, full):
+        names = [gradients.name(c) for c in cases]
+        assert len(set(names)) == len(names)
+    assert {(c["K"], c["tokens"], c["tasks"]) for c in full if c["case"] == "grid"} == {
+        (k, s, t) for k in (1, 2, 4, 8) for s in (64, 128, 256, 512) for t in (1, 4, 8)
+    }
+    assert {c["K"] for c in short} == {1, 2, 4, 8}
+
+
+def test_median_ratio_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """The command with measurements made up: medians, ratios, a failed case, and all files."""
+    seen: list[tuple[str, bool]] = []
+    times = {"first_order": iter([1.0, 9.0, 2.0]), "blockwise": iter([8.0, 6.0, 7.0])}
+
+    def isolated(command: str, one: dict[str, Any]) -> dict[str, Any]:
+        seen.append((one["engine"], one["check"]))
+        if one["engine"] == "reverse":
+            return {"error": "no memory"}
+        if one["check"]:
+            return {"peak_gb": 2.0 if one["engine"] == "first_order" else 0.5, "rel_error": 1e-6}
+        return {"seconds": next(times[one["engine"]]), "malloc_gb": 1.0, "seconds_sweep": 4.0}
+
+    monkeypatch.setattr(meta_bench, "isolated", isolated)
+    files = {kind: tmp_path / f"out.{kind}" for kind in ("json", "markdown", "plot")}
+    files["plot"] = tmp_path / "out.png"
+    picked = [f"{e}/K2/tokens64/tasks1" for e in ("first_order", "blockwise", "reverse")]
+    words = [x for kind, file in files.items() for x in (f"--{kind}", str(file))]
+    meta_bench.main(["--cases", *picked, *words])
+    # interleaved: all cases, then all again; what failed is not tried again
+    assert [e for e, _ in seen] == ["first_order", "reverse", "blockwise", *["first_order", "blockwise"] * 3]
+    assert [check for _, check in seen] == [True] * 3 + [False] * 6
+    rows = {row["engine"]: row for row in json.loads(files["json"].read_text())}
+    assert rows["blockwise"]["seconds"] == 7.0 and rows["first_order"]["seconds"] == 2.0
+    assert rows["blockwise"]["time_ratio"] == 3.5 and rows["blockwise"]["peak_ratio"] == 0.25
+    assert rows["blockwise"]["sweep_ratio"] == 2.0
+    assert {"engine", "K", "tokens", "tasks", "seconds", "peak_gb", "rel_error"} <= rows["blockwise"].keys()
+    assert rows["reverse"]["error"] == "no memory"
+    assert "reverse/K2/tokens64/tasks1 failed: no memory" in " ".join(capsys.readouterr().out.split())
+    assert files["markdown"].read_text().count("\n| ") >= 3
+    assert files["plot"].read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_case_that_dies_says_why() -> None:
+    row = meta_bench.isolated("gradients", case(engine="no_such_engine", check=False))
+    assert "no_such_engine" in row["error"]
+
+
+def test_unknown_case_is_refused(capsys: Any) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        meta_bench.main(["--cases", "nothing/*"])
+    assert stopped.value.code == 2 and "no case has such a name" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_the_command(tmp_path: Path) -> None:
+    words = ["--layers", "1", "--rounds", "1", "--cases", "blockwise/K1/tokens128/tasks1"]
+    command = [sys.executable, str(LAUNCH / "meta_bench.py"), *words, "--json", str(tmp_path / "rows.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((tmp_path / "rows.json").read_text())
+    assert row["seconds"] > 0 and 0 < row["peak_gb"] < 2 and row["rel_error"] < 1e-4
+    assert row["seconds_sweep"] < row["seconds"]

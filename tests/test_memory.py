@@ -1,0 +1,169 @@
+"""The memory model against what processes really hold, and the engine that `auto` takes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny
+
+from mass import memory
+from mass.batch import Packed, Sequence, pack
+from mass.blocks import split
+from mass.errors import MassError
+from mass.lora import LoraShape, attach
+
+LAUNCH = Path(__file__).resolve().parents[1] / "launch"
+SHAPE = LoraShape(4, 8.0, ("all-linear",))
+
+
+def batch(tasks: int = 1, examples: int = 3, tokens: int = 24) -> Packed:
+    return pack([[Sequence(list(range(1, tokens + 1)), tokens // 2)] * examples] * tasks, 0, row=tokens)
+
+
+def model(architecture: str = "llama", **changes: Any):  # type: ignore[no-untyped-def]
+    hf, _ = tiny(architecture, torch.float32, **changes)
+    return hf, split(hf, attach(hf, SHAPE))
+
+
+def predict(hf, parts, inner: Packed, **how: Any) -> memory.Peak:  # type: ignore[no-untyped-def]
+    return memory.predict(hf, parts, SHAPE, inner, batch(examples=1), **how)
+
+
+def test_live_counts_what_lives() -> None:
+    outside = torch.ones(1000)
+    with memory.Live() as live:
+        a = outside * 2
+        view = a.view(10, 100)
+        b = a + 1
+        del a
+        assert live.now == 8000, "a view keeps its storage"
+        del view
+        assert live.now == 4000
+        del b
+    assert (live.now, live.peak) == (0, 8000)
+
+
+def test_live_counts_what_the_graph_keeps() -> None:
+    x = torch.ones(1000, requires_grad=True)
+    with memory.Live() as live:
+        y = x.exp().sin().sum()
+        assert live.now == 4004, (
+            "exp keeps its result and sin its input, which is the same; the sum is a number"
+        )
+        y.backward()
+        del y
+    assert live.now == 4000, "the gradient alone"
+
+
+# Random models of SmolLM2's width, each case in its own process. `make bench`-sized cases: launch/meta_bench.py prints
+# the prediction beside the measurement.
+CASES = [
+    {"engine": "reverse", "layers": 4, "tokens": 64, "K": 2},
+    {"engine": "blockwise", "layers": 6, "tokens": 64, "K": 2},
+    {"engine": "blockwise_kept", "layers": 4, "tokens": 64, "K": 2, "dtype": "bf16"},
+    {"engine": "finite_difference", "layers": 4, "tokens": 64, "K": 2},
+]
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.skipif(sys.platform != "linux", reason="resets the peak of resident memory through /proc")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["engine"])
+def test_prediction_is_within_15_percent_of_the_peak(case: dict[str, Any]) -> None:
+    common = {"case": "grid", "examples": 4, "tasks": 1, "dtype": "fp32", "device": "cpu", "init": False}
+    code = (
+        "import json, sys, torch; sys.path.insert(0, sys.argv[1]); torch.set_num_threads(1);"
+        "import meta_bench_gradients as g; print(json.dumps(g.memory(json.loads(sys.argv[2]))))"
+    )
+    env = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    words = [sys.executable, "-c", code, str(LAUNCH), json.dumps(common | case)]
+    done = subprocess.run(words, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    row = json.loads(done.stdout.splitlines()[-1])
+    assert row["predicted_gb"] == pytest.approx(row["peak_gb"], rel=0.15)
+
+
+def test_depth_is_drawn_out_and_blockwise_hardly_grows_with_it() -> None:
+    growth = {}
+    for engine in ("blockwise", "reverse"):
+        small, middle, large = (
+            predict(*model(num_hidden_layers=n), batch(), engine=engine, steps=2).sweep for n in (3, 6, 12)
+        )
+        assert large - middle == pytest.approx(2 * (middle - small), rel=1e-6)
+        growth[engine] = large - small
+    assert growth["blockwise"] < growth["reverse"] / 3
+
+
+def test_memory_grows_with_steps_by_small_states_only() -> None:
+    hf, parts = model()
+    one, two, many = (predict(hf, parts, batch(), engine="blockwise", steps=k) for k in (1, 2, 9))
+    assert two.sweep == many.sweep and two.first_order == many.first_order
+    size = sum(p.weight.shape[0] + p.weight.shape[1] for p in parts.layers.values()) * SHAPE.rank * 4
+    assert many.kept - two.kept == 7 * 2 * size
+    assert one.sweep < two.sweep, "the first step's Hessian product is not made"
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "gemma3", "gpt_neox"])
+def test_other_architectures(architecture: str) -> None:
+    hf, parts = model(architecture)
+    for engine in ("reverse", "blockwise"):
+        small, large = (predict(hf, parts, batch(t), engine=engine, steps=2).total for t in (1, 4))
+        assert 2 < large / small < 4.5
+
+
+def test_auto_takes_the_fastest_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    hf, parts = model()
+    args = (hf, parts, SHAPE, batch(), batch(1, 1))
+    rich = memory.choose(*args, steps=2, memory_gb=64)
+    assert (rich.engine, rich.checkpoint) == ("reverse", False)
+    assert rich.reason.startswith("reverse needs") and "64.00 GB meta_gradient.memory_gb" in rich.reason
+
+    # the order, with sizes made up
+    sizes = {("reverse", False): 8, ("blockwise", False): 9, ("blockwise", True): 4}
+
+    def made_up(*_: Any, engine: str, recompute: bool, checkpoint: bool, **__: Any) -> memory.Peak:
+        size = 2 if checkpoint and recompute else sizes[engine, recompute]
+        return memory.Peak(size * 10**9, 0, 0)
+
+    monkeypatch.setattr(memory, "predict", made_up)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 10e9)
+    taken = {}
+    for limit in (8.5, 5.0, 3.0, None):
+        choice = memory.choose(*args, steps=2, memory_gb=limit, ranks=2)
+        taken[limit] = (choice.engine, choice.recompute, choice.checkpoint)
+    assert taken == {
+        8.5: ("reverse", False, False),
+        5.0: ("blockwise", True, False),
+        3.0: ("blockwise", True, True),
+        None: ("blockwise", True, False),
+    }
+    tight = memory.choose(*args, steps=2, memory_gb=5)
+    assert (
+        "too large: reverse needs 8.00 GB" in tight.reason
+        and "without recomputation needs 9.00" in tight.reason
+    )
+    with pytest.raises(
+        MassError, match=r"no exact engine fits.*meta_gradient\.memory_gb to 2\.00.*finite_difference"
+    ):
+        memory.choose(*args, steps=2, memory_gb=1)
+
+
+def test_auto_without_blocks_is_reverse() -> None:
+    hf, _ = model()
+    hf, _ = tiny("llama", torch.float32)
+    attach(hf, SHAPE)
+    choice = memory.choose(hf, None, SHAPE, batch(), batch(1, 1), steps=1, memory_gb=8, checkpoint=True)
+    assert (choice.engine, choice.checkpoint) == ("reverse", False)
+
+
+def test_predicting_leaves_the_model_alone() -> None:
+    hf, parts = model()
+    before = {key: value.clone() for key, value in hf.state_dict().items()}
+    predict(hf, parts, batch(), engine="blockwise", steps=2)
+    assert all(torch.equal(value, before[key]) for key, value in hf.state_dict().items())
+    assert all(layer.slot is None for layer in parts.layers.values())
