@@ -174,7 +174,8 @@ def _contradictions(r: Recipe) -> Iterator[tuple[str, str]]:
         )
 
     used = {x.removeprefix("gym:") for x in [*train, *(r.problems.heldout or [])] if x.startswith("gym:")}
-    for family in r.problems.gym.keys() - used:
+    # where no gym is used, a file has been put in a recipe's place on the command line, which cannot remove its settings
+    for family in r.problems.gym.keys() - used if used else ():
         text = (
             f"problems.gym.{family}: settings of a family that is not used. Remove them, or add gym:{family}"
         )

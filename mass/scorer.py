@@ -29,7 +29,8 @@ class Scorer(nn.Module):
             nn.GELU(),
             nn.Linear(hidden, hidden),
             nn.GELU(),
-            nn.Linear(hidden, 1),
+            # no bias: the softmax does not see a shift
+            nn.Linear(hidden, 1, bias=False),
         )
         # All scores start equal: the first credits are taken under uniform weights, where they are cleanest.
         for tensor in self.net[-1].parameters():

@@ -71,6 +71,10 @@ def train(recipe: Recipe) -> None:
         contents = checkpoint.load(run.start, setting.lm.lora, fingerprint)
         cursor = Cursor.from_state(contents.meta["cursor"], train_tasks)
         first, skipped = contents.meta["step"], contents.meta["skipped"]
+        if first > recipe.outer.steps:
+            raise MassError(
+                f"outer.steps={recipe.outer.steps}: {run.start} is at step {first} already. Raise outer.steps"
+            )
         _restore(outer, contents, world)
     log = RunLog(
         run.folder,
