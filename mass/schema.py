@@ -181,7 +181,11 @@ class Save:
 
 @dataclass(frozen=True)
 class Evaluate:
-    every: int = _key(0, "outer steps between evaluations; 0 = never", ge=0)
+    every: int = _key(
+        0,
+        "outer steps between evaluations, from step 0 to the last; 0, or more than outer.steps, = never",
+        ge=0,
+    )
     problems: int = _key(32, "held-out problems of an evaluation", ge=1)
 
 

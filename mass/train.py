@@ -96,7 +96,10 @@ def train(recipe: Recipe) -> None:
         policy, eta, log_lr = outer.values("policy"), outer.values("scorer"), outer.values("inner_lr")
         metrics: dict[str, float] = {}
 
-        if heldout and recipe.evaluate.every and (done or step % recipe.evaluate.every == 0) and not leaving:
+        if heldout and _evaluates(recipe, step) and not leaving:
+            log.say(
+                f"answering {min(len(heldout), recipe.evaluate.problems)} held-out problems, without and with update"
+            )
             metrics |= _evaluate(setting, heldout[: recipe.evaluate.problems], world, policy, eta, log_lr)
             log.say(f"held-out at step {step}: {_percent(metrics['heldout/none'])} without update, "
                     f"{_percent(metrics['heldout/mass'])} with")  # fmt: skip
@@ -434,6 +437,12 @@ def peak_gb() -> float:
 
 def _rate(recipe: Recipe, log_lr: Mapping[str, Tensor]) -> float:
     return sum(x.exp().item() for x in log_lr.values()) / len(log_lr) if log_lr else recipe.inner.lr
+
+
+def _evaluates(recipe: Recipe, step: int) -> bool:
+    """Before the first step, every N steps, and after the last; a run of fewer than N steps is a trial without any."""
+    every, steps = recipe.evaluate.every, recipe.outer.steps
+    return 0 < every <= steps and (step == steps or step % every == 0)
 
 
 def _percent(x: float) -> str:

@@ -91,12 +91,11 @@ def test_prediction_is_within_15_percent_of_the_peak(case: dict[str, Any]) -> No
 def test_depth_is_drawn_out_and_blockwise_hardly_grows_with_it() -> None:
     growth = {}
     for engine in ("blockwise", "reverse"):
-        small, middle, large = (
-            predict(*model(num_hidden_layers=n), batch(), engine=engine, steps=2).sweep for n in (3, 6, 12)
+        small, large = (
+            predict(*model(num_hidden_layers=n), batch(), engine=engine, steps=2).sweep for n in (4, 12)
         )
-        assert large - middle == pytest.approx(2 * (middle - small), rel=1e-6)
         growth[engine] = large - small
-    assert growth["blockwise"] < growth["reverse"] / 3
+    assert 0 < growth["blockwise"] < growth["reverse"] / 3
 
 
 def test_memory_grows_with_steps_by_small_states_only() -> None:
@@ -112,7 +111,7 @@ def test_memory_grows_with_steps_by_small_states_only() -> None:
 def test_other_architectures(architecture: str) -> None:
     hf, parts = model(architecture)
     for engine in ("reverse", "blockwise"):
-        small, large = (predict(hf, parts, batch(t), engine=engine, steps=2).total for t in (1, 4))
+        small, large = (predict(hf, parts, batch(t), engine=engine, steps=2).sweep for t in (1, 4))
         assert 2 < large / small < 4.5
 
 
