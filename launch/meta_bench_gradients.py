@@ -269,6 +269,10 @@ def _reset_peak(device: str) -> float:
     if hasattr(libc, "malloc_trim"):
         # give back what loading has freed: it would hide as much of the case's own memory
         libc.malloc_trim(0)
+    if hasattr(libc, "mlockall"):
+        # Keep what is mapped now resident (MCL_CURRENT): pages of libraries that a busy machine has taken away meanwhile
+        # would come back during the case and count as its own. Without the right to lock, they do.
+        libc.mlockall(1)
     clear = Path("/proc/self/clear_refs")
     if clear.exists():
         # 5: the high-water mark of resident memory starts again from here (Linux, proc(5)); getrusage reads it

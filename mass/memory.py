@@ -38,8 +38,6 @@ Engine = Literal["reverse", "blockwise", "finite_difference"]
 
 # The two depths that are tried. One block would hide what a block's neighbour keeps alive.
 DEPTHS = (2, 3)
-# What MKL and oneDNN keep once they have seen large products (measured: 20 to 28 MB a thread).
-LIBRARIES = 20 * 10**6
 
 
 @dataclass(frozen=True)
@@ -184,8 +182,6 @@ def predict(
     # the outer gradient, and on the way back lam, mu and the cotangent of the state.
     states = len(optimizers.init(rule, {"x": torch.zeros(1, 1, 1)}))
     kept = one * (steps * (2 + states) + 1)
-    if next(hf.parameters()).device.type == "cpu":
-        kept += LIBRARIES
     return Peak(_line(first_order, deep), _line(sweep, deep) + one * (3 + states), kept)
 
 

@@ -658,7 +658,12 @@ def test_one_outer_step_of_every_recipe_with_a_tiny_model_and_local_data(
         "outer.steps=1",
         "outer.tasks=2",
     ]
-    common += ["generate.max_new_tokens=24", "generate.answer_tokens=8", "evaluate.problems=4"]
+    common += [
+        "generate.max_new_tokens=24",
+        "generate.answer_tokens=8",
+        "evaluate.problems=4",
+        "evaluate.every=1",
+    ]
     ranks("test_train:many", [[str(path), *common, *local[path.stem]] for path in found]).good()
     for path in found:
         is_run_folder(tmp_path / path.stem, [1])
