@@ -130,7 +130,7 @@ class Inner:
     max_growth: float = _key(2.0, "a task whose inner loss grows by this factor gives no credit", gt=1)
     learned_lr: Literal["no", "one", "layer"] = _key("no", "learn lr too: one rate, or one for each layer")
     checkpoint: bool = _key(
-        True, "recompute first-order gradients block by block: a tenth of the memory, a third more time"
+        True, "recompute first-order gradients block by block: less memory, about a third more time"
     )
 
 
