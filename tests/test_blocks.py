@@ -116,9 +116,6 @@ def test_second_order_kernels_are_on_only_inside() -> None:
     [
         ("mamba", {"state_size": 4}),
         ("biogpt", {}),
-        # blocks that answer with a tuple
-        ("gptj", {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}),
-        ("codegen", {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}),
     ],
 )
 def test_without_findable_blocks_the_message_names_the_engines_that_work(
@@ -131,6 +128,14 @@ def test_without_findable_blocks_the_message_names_the_engines_that_work(
     message = str(caught.value)
     assert type(hf).__name__ in message
     assert "reverse" in message and "finite_difference" in message
+
+
+def test_blocks_that_answer_otherwise_than_a_decoders_are_refused() -> None:
+    world = worlds.make()
+    for block in world.parts.blocks:
+        block.register_forward_hook(lambda module, args, out: {"hidden": out})
+    with pytest.raises(MassError, match="driven one by one.*reverse"):
+        blocks.split(world.hf, world.layers)
 
 
 def test_blocks_that_do_not_give_the_models_own_states_are_refused() -> None:
