@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from mass import batch
+from mass import batch, frozen
 from mass.batch import Packed
 from mass.errors import MassError
 from mass.lora import Adapter, Layers, using
@@ -129,20 +130,30 @@ def second_order() -> Iterator[None]:
     """Only operations whose second derivative and forward mode exist and are right.
 
     Flash and memory-efficient attention, and the CPU's kernel, have neither. LayerNorm has both, but in torch 2.13 the
-    gradient of its tangent takes the saved mean and deviation for constants; written out, it is right. Needed around
-    inner losses only; generation and outer losses keep the fast kernels.
+    gradient of its tangent takes the saved mean and deviation for constants; written out, it is right. A linear layer's
+    tangent would multiply by its weight's, which is zero (`mass.frozen`). Needed around inner losses only; generation
+    and outer losses keep the fast kernels.
     """
     with sdpa_kernel(SDPBackend.MATH), _WrittenOut():
         yield
 
 
 class _WrittenOut(TorchFunctionMode):
-    """Calls of layer_norm, whoever makes them, as the sum of their parts."""
+    """Calls of layer_norm, whoever makes them, as the sum of their parts; linear layers as frozen ones."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.layer_norm, torch.nn.functional.layer_norm):
-            return _layer_norm(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func in (torch.layer_norm, F.layer_norm):
+            return _layer_norm(*args, **kwargs)
+        if func is F.linear:
+            return _linear(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if isinstance(weight, nn.Parameter) and not weight.requires_grad:
+        return frozen.linear(input, lambda: weight, bias)
+    return F.linear(input, weight, bias)
 
 
 def _layer_norm(
