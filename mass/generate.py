@@ -178,7 +178,7 @@ def _step(lm: "LanguageModel", cache: RowCache, live: Sequence[_Row], adapters: 
         out = lm.hf(
             input_ids=torch.tensor(tokens, device=cache.device).unsqueeze(1),
             position_ids=cache.positions().unsqueeze(1),
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
         )
     cache.advance()
@@ -219,7 +219,7 @@ def _prefill(lm: "LanguageModel", prompts: Sequence[Sequence[int]]) -> list[tupl
     # without the model's configuration: every layer keeps all columns, a window is the mask's affair
     cache = Cache(layer_class_to_replicate=DynamicLayer)
     # past the head: nothing is drawn here, and the head on the last column would copy its weight once a row
-    lm.hf.base_model(input_ids=ids.to(lm.device), past_key_values=cache, use_cache=True)
+    lm.hf.base_model(input_ids=ids.to(lm.device), cache=cache, use_cache=True)
     return [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[union-attr,misc]
 
 

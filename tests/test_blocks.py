@@ -70,7 +70,7 @@ def test_no_cache_reaches_the_blocks() -> None:
     world = worlds.shared()
     assert world.hf.config.use_cache
     for _, kwargs in blocks.enter(world.parts, world.packed).arguments:
-        assert kwargs.get("past_key_values") is None and not kwargs.get("use_cache")
+        assert kwargs.get("cache") is None and not kwargs.get("use_cache")
 
 
 def test_each_layer_kind_gets_its_own_mask_and_rotation() -> None:

@@ -744,7 +744,7 @@ def test_no_cache_is_made(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     trajectory = worlds.loop(world, rule, worlds.rates(world, lr), 2)
     given: list[Any] = []
     hook = world.hf.model.layers[0].self_attn.register_forward_pre_hook(
-        lambda module, args, kwargs: given.append(kwargs.get("past_key_values")), with_kwargs=True
+        lambda module, args, kwargs: given.append(kwargs.get("cache")), with_kwargs=True
     )
     try:
         metagrad.sweep(
