@@ -64,7 +64,7 @@ class Planted:
     low: float = 0.3
     high: float = 0.7
     kin: float = 0.7
-    steps: int = 300
+    steps: int = 600
     seed: int = 0
 
     TASK_ONLY = ()
