@@ -30,6 +30,7 @@ RATES = tuple(10 ** (k / 2) for k in range(-3, 4))
 STEP = -1
 HEAD_STEPS = 150
 HEAD_LR = 3e-3
+FOLDS = 4
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,8 @@ class Report:
             out += [
                 f"judged: {whose[self.judged]}; {self.right:.0%} are right",
                 f"raw credit: AUC {self.credit_auc:.3f} (right above wrong, within a task)",
-                f"features of the scorer: AUC {self.feature_auc:.3f} on tasks that a head trained on the answers "
-                f"({HEAD_STEPS} steps) has not seen",
+                f"features of the scorer: AUC {self.feature_auc:.3f} on tasks that a head trained to tell right from "
+                f"wrong ({HEAD_STEPS} steps) has not met",
             ]
         else:
             out.append("no example can be told right or wrong here: no AUC of the credit or the features")
@@ -173,7 +174,7 @@ def _verified(setting: Setting, practice: Practice, tasks: Seq[Task]) -> tuple[T
 def _feature_auc(
     setting: Setting, batches: Seq[Seq[Task]], practices: Seq[Practice], good_TN: Tensor, known_TN: Tensor
 ) -> float:
-    """AUC, on every fourth task, of a scorer head that was trained to rank right above wrong on the others."""
+    """AUC of scorer heads that were trained to rank right above wrong, each on the quarter of the tasks it has not met."""
     lm, r = setting.lm, setting.recipe.scorer
     found = [
         features(
@@ -182,25 +183,29 @@ def _feature_auc(
         for batch, practice in zip(batches, practices, strict=True)
     ]
     task_TF, example_TNF = (torch.cat(x) for x in zip(*found, strict=True))
-    test_T = torch.arange(len(good_TN), device=good_TN.device) % 4 == 3
-    pairs_TNN = (
-        (good_TN & known_TN).unsqueeze(2) & (~good_TN & known_TN).unsqueeze(1) & ~test_T.view(-1, 1, 1)
-    )
-    if not pairs_TNN.any():
-        return math.nan
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        head = Scorer(setting.head.width, len(r.layers), r.hidden).to(good_TN.device)
-    optimizer = torch.optim.Adam(head.parameters(), HEAD_LR)
-    for _ in range(HEAD_STEPS):
-        score_TN = head(task_TF, example_TNF)
-        ahead_TNN = score_TN.unsqueeze(2) - score_TN.unsqueeze(1)
-        loss = F.softplus(-ahead_TNN[pairs_TNN]).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    with torch.no_grad():
-        return outer.auc(head(task_TF, example_TNF), good_TN, known_TN & test_T.unsqueeze(1))
+    pairs_TNN = (good_TN & known_TN).unsqueeze(2) & (~good_TN & known_TN).unsqueeze(1)
+    fold_T = torch.arange(len(good_TN), device=good_TN.device) % FOLDS
+    won, pairs = 0.0, 0
+    for fold in range(FOLDS):
+        learned_TNN = pairs_TNN & (fold_T != fold).view(-1, 1, 1)
+        if not learned_TNN.any():
+            continue
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            head = Scorer(setting.head.width, len(r.layers), r.hidden).to(good_TN.device)
+        optimizer = torch.optim.Adam(head.parameters(), HEAD_LR)
+        for _ in range(HEAD_STEPS):
+            score_TN = head(task_TF, example_TNF)
+            ahead_TNN = score_TN.unsqueeze(2) - score_TN.unsqueeze(1)
+            loss = F.softplus(-ahead_TNN[learned_TNN]).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        with torch.no_grad():
+            score_TN = head(task_TF, example_TNF)
+        ordered = outer.ordered_pairs(score_TN, good_TN, known_TN & (fold_T == fold).unsqueeze(1))
+        won, pairs = won + ordered[0], pairs + ordered[1]
+    return won / pairs if pairs else math.nan
 
 
 def _rate(

@@ -39,14 +39,14 @@ def mean(lines: list[dict[str, Any]], tag: str) -> float:
 def test_families_the_weighted_update_answers_what_no_weights_could(tmp_path: Path) -> None:
     """Held-out problems are of families in no training of any kind."""
     log = run(
-        "families", tmp_path, "outer.steps=20", "evaluate.every=20", "evaluate.problems=48", "save.every=20"
+        "families", tmp_path, "outer.steps=16", "evaluate.every=16", "evaluate.problems=32", "save.every=16"
     )
     first, last, steps = log[0], log[-1], log[:-1]
-    assert len(steps) == 20 and last["step"] == 20
+    assert len(steps) == 16 and last["step"] == 16
     # uniform weights: the credit ranks right above wrong before anything is trained
     assert first["credit/auc"] > 0.97 and first["scorer/auc"] == 0.5
     assert 0.15 < mean(steps, "generator/right") < 0.35
-    assert mean(steps[15:], "scorer/auc") > 0.9
+    assert mean(steps[12:], "scorer/auc") > 0.9
     assert last["heldout/auc"] > 0.9 and last["heldout/honest"] > 0.95
     assert last["heldout/none"] < 0.15 and first["heldout/mass"] < 0.5
     assert last["heldout/mass"] > last["heldout/none"] + 0.4
@@ -60,11 +60,11 @@ def test_planted_the_scorer_finds_the_right_rule_of_the_families_that_it_was_tra
     tmp_path: Path,
 ) -> None:
     log = run(
-        "planted", tmp_path, "outer.steps=30", "evaluate.every=30", "evaluate.problems=96", "save.every=30"
+        "planted", tmp_path, "outer.steps=24", "evaluate.every=24", "evaluate.problems=64", "save.every=24"
     )
     first, last, steps = log[0], log[-1], log[:-1]
     assert first["credit/auc"] > 0.9
-    assert mean(steps[25:], "scorer/auc") > 0.85
+    assert mean(steps[19:], "scorer/auc") > 0.85
     # half of the held-out problems are of families without training problems
     seen = {kind: 2 * last[f"heldout/{kind}"] - last[f"unseen/{kind}"] for kind in ("none", "mass", "gain")}
     assert seen["gain"] > 0.2 and seen["mass"] > 0.7
