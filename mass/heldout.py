@@ -24,12 +24,12 @@ def evaluate(
     rank: int = 0,
     world: int = 1,
 ) -> dict[str, float]:
-    """Scalars by tag: heldout/*, and unseen/* where some of the tasks, not all, are of no source in `trained`.
+    """Scalars by tag: heldout/*; where some tasks are of a source in `trained` and some are not, also seen/* and unseen/*.
 
     Ranks take every W-th task, `batch` of them at once; each returns the result of all.
     """
     begin = time.perf_counter()
-    sums = {"heldout": [0.0] * 9, "unseen": [0.0] * 9}
+    sums = {group: [0.0] * 9 for group in ("seen", "unseen")}
     own = tasks[rank::world]
     for i in range(0, len(own), batch):
         some = own[i : i + batch]
@@ -43,12 +43,13 @@ def evaluate(
                 _score(verifier, record, task),
                 *_known(record, task),
             ]
-            for group in ("heldout", "unseen") if task.source not in trained else ("heldout",):
-                sums[group] = [x + y for x, y in zip(sums[group], counts, strict=True)]
-    total = distributed.reduce_sum([*sums["heldout"], *sums["unseen"]])
-    out = _scalars("heldout", total[:9])
-    if 0 < total[9] < total[0]:
-        out |= _scalars("unseen", total[9:])
+            group = "seen" if task.source in trained else "unseen"
+            sums[group] = [x + y for x, y in zip(sums[group], counts, strict=True)]
+    total = distributed.reduce_sum([*sums["seen"], *sums["unseen"]])
+    seen, unseen = total[:9], total[9:]
+    out = _scalars("heldout", [x + y for x, y in zip(seen, unseen, strict=True)])
+    if seen[0] and unseen[0]:
+        out |= _scalars("seen", seen) | _scalars("unseen", unseen)
     return out | {"time/evaluate": time.perf_counter() - begin}
 
 

@@ -98,15 +98,17 @@ def test_problems_of_sources_without_training_are_also_shown_apart(tasks: list[T
     assert found["heldout/mass"] == 3 / 5
     assert found["unseen/none"] == 0 and found["unseen/mass"] == found["unseen/gain"] == 1
     assert found["unseen/auc"] == pytest.approx(within([1, 4]))
+    assert (found["seen/none"], found["seen/mass"]) == (1 / 3, 1 / 3)
+    assert found["seen/auc"] == pytest.approx(within([0, 2, 3])) and found["seen/right"] == 3 / 5
     assert found["unseen/right"] == 2 / 5 and found["unseen/honest"] == 2 / 3
     # nothing to set apart where all of them are
-    assert not any(tag.startswith("unseen/") for tag in evaluate(tasks, set()))
+    assert not any("seen/" in tag for trained in (set(), {"a", "b", "c"}) for tag in evaluate(tasks, trained))
 
 
 def test_nothing_is_said_of_a_truth_that_is_not_known(tasks: list[Task]) -> None:
     plain = [replace(task, entry=None) for task in tasks]
     assert set(evaluate(plain, {"a"})) == {
-        f"{group}/{tag}" for group in ("heldout", "unseen") for tag in ("none", "mass", "gain")
+        f"{group}/{tag}" for group in ("heldout", "seen", "unseen") for tag in ("none", "mass", "gain")
     }
 
 

@@ -39,20 +39,20 @@ def mean(lines: list[dict[str, Any]], tag: str) -> float:
 def test_families_the_weighted_update_answers_what_no_weights_could(tmp_path: Path) -> None:
     """Held-out problems are of families in no training of any kind."""
     log = run(
-        "families", tmp_path, "outer.steps=16", "evaluate.every=16", "evaluate.problems=32", "save.every=16"
+        "families", tmp_path, "outer.steps=12", "evaluate.every=12", "evaluate.problems=32", "save.every=12"
     )
     first, last, steps = log[0], log[-1], log[:-1]
-    assert len(steps) == 16 and last["step"] == 16
+    assert len(steps) == 12 and last["step"] == 12
     # uniform weights: the credit ranks right above wrong before anything is trained
     assert first["credit/auc"] > 0.97 and first["scorer/auc"] == 0.5
     assert 0.15 < mean(steps, "generator/right") < 0.35
-    assert mean(steps[12:], "scorer/auc") > 0.9
+    assert mean(steps[9:], "scorer/auc") > 0.9
     assert last["heldout/auc"] > 0.9 and last["heldout/honest"] > 0.95
     assert last["heldout/none"] < 0.15 and first["heldout/mass"] < 0.5
     assert last["heldout/mass"] > last["heldout/none"] + 0.4
     assert last["heldout/mass"] > first["heldout/mass"] + 0.2
     # all held-out families are unseen: nothing to set apart
-    assert not any(tag.startswith("unseen/") for tag in last)
+    assert not any("seen/" in tag for tag in last)
 
 
 @pytest.mark.slow
@@ -65,10 +65,9 @@ def test_planted_the_scorer_finds_the_right_rule_of_the_families_that_it_was_tra
     first, last, steps = log[0], log[-1], log[:-1]
     assert first["credit/auc"] > 0.9
     assert mean(steps[19:], "scorer/auc") > 0.85
-    # half of the held-out problems are of families without training problems
-    seen = {kind: 2 * last[f"heldout/{kind}"] - last[f"unseen/{kind}"] for kind in ("none", "mass", "gain")}
-    assert seen["gain"] > 0.2 and seen["mass"] > 0.7
-    assert last["unseen/gain"] < seen["gain"]
+    assert last["seen/auc"] > 0.85 and last["unseen/auc"] < last["seen/auc"] - 0.05
+    assert last["seen/mass"] > last["seen/none"] + 0.2
+    assert last["unseen/gain"] < last["seen/gain"]
 
 
 def test_the_bases_are_those_of_the_worlds() -> None:
