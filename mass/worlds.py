@@ -278,6 +278,10 @@ def find(source: str, settings: Mapping[str, Mapping[str, Any]] | None = None) -
     if name not in WORLDS:
         near = difflib.get_close_matches(name, WORLDS, n=1) or list(WORLDS)
         raise MassError(f"There is no world {source!r}. Did you mean world:{near[0]}?")
+    for other in (settings or {}).keys() - WORLDS.keys():
+        raise MassError(
+            f"problems.world.{other}: there is no such world. The worlds are {', '.join(WORLDS)}."
+        )
     own = dict((settings or {}).get(name) or {})
     known = {x.name: type(x.default) for x in dataclasses.fields(WORLDS[name])}
     for key, value in own.items():

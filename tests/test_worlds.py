@@ -195,6 +195,7 @@ def test_a_world_without_more_problems_says_so(caplog):
     [
         ("world:planed", {}, "Did you mean world:planted"),
         ("world:planted", {"planted": {"famlies": 3}}, "no setting 'famlies'. It has families, unseen"),
+        ("world:planted", {"planed": {"families": 3}}, "problems.world.planed: there is no such world"),
         ("world:planted", {"planted": {"families": 2.5}}, "planted.families=2.5: wants a whole number"),
         ("world:planted", {"planted": {"kin": "all"}}, "planted.kin='all': wants a number"),
         ("world:planted", {"planted": {"families": 20, "unseen": 7}}, "1 to 26 letters"),
