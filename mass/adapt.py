@@ -92,7 +92,14 @@ def build_kit(plan: Plan) -> Kit:
     r = plan.recipe
     pool = _pool(plan)
     m = r.model
-    hf, tokenizer = load(m.path, dtype=m.dtype, device=m.device, cache=m.cache, attention=m.attention)
+    hf, tokenizer = load(
+        m.path,
+        dtype=m.dtype,
+        device=m.device,
+        cache=m.cache,
+        attention=m.attention,
+        world=r.problems.world,
+    )
     check_model(hf)
     # before the slots change the parameters' names
     print_of = checkpoint.fingerprint(hf.named_parameters()) if plan.step else None
@@ -237,6 +244,7 @@ def _pool(plan: Plan) -> list[Task]:
         size=p.size,
         weights=p.weights,
         gym=p.gym,
+        world=p.world,
         columns=dataclasses.asdict(p.columns),
         verifier=p.verifier,
         seed=r.run.seed,

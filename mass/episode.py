@@ -18,7 +18,7 @@ from torch import Tensor
 from mass import metagrad, outer, scorer
 from mass.batch import Packed, Sequence, pack
 from mass.blocks import Split, attends_fully
-from mass.choices import Kit, shots_for
+from mass.choices import Kit
 from mass.forward import loss_and_grad, token_logprobs
 from mass.lora import Adapter, expand
 from mass.metagrad import MetaGradient, Products
@@ -35,8 +35,8 @@ from mass.practice import (
     solve_sequence,
     write_examples,
 )
-from mass.problems import Task
-from mass.prompts import Prompts
+from mass.problems import Task, truth
+from mass.prompts import Prompts, Shots, pick_shots
 from mass.recipe import Recipe
 from mass.rewards import Verifier
 from mass.scorer import Scorer
@@ -111,19 +111,24 @@ def run(
     log_lr: Mapping[str, Tensor],
     *,
     show: int = 0,
+    practice: Practice | None = None,
 ) -> Result:
-    """One outer step's gradients. `show`: for so many tasks also answer greedily before and after (for the table)."""
+    """One outer step's gradients. `show`: for so many tasks also answer greedily before and after (for the table).
+
+    `practice`: examples to take in place of new ones, without a gradient for their generator.
+    """
     recipe, lm, prompts = setting.recipe, setting.lm, setting.prompts
     clock = Clock()
     targets = [task.problem.text for task in tasks]
     T, N = len(tasks), recipe.generate.examples
     start = expand(policy, T)
     one = expand(policy, 1)
-    shots = [shots_for(kit(setting, policy, eta, log_lr), task.problem) for task in tasks]
+    shots = draw_shots(setting, tasks)
     solve_shots = [own.solve for own in shots]
 
+    given = practice is not None
     with clock("generate"):
-        practice = write_examples(
+        practice = practice or write_examples(
             lm,
             prompts,
             targets,
@@ -161,14 +166,9 @@ def run(
         )
 
     with clock("outer"):
-        if recipe.outer.loss == "gold":
-            after = _gold(setting, tasks, solve_shots, tuned.trajectory.adapter)
-            before = _gold(setting, tasks, solve_shots, start, need_grad=recipe.outer.gamma > 0)
-        else:
-            after = _verified(setting, tasks, solve_shots, tuned.trajectory.adapter, step, "after")
-            before = _verified(
-                setting, tasks, solve_shots, start, step, "before", need_grad=recipe.outer.gamma > 0
-            )
+        after = outer_loss(setting, tasks, solve_shots, tuned.trajectory.adapter, step, "after")
+        solving = recipe.outer.gamma > 0
+        before = outer_loss(setting, tasks, solve_shots, start, step, "before", need_grad=solving)
         # A task without examples has not moved and one that exploded gives noise: neither has a credit.
         counts_T = valid_TN.any(1) & ~tuned.exploded_T
         outer_grad = {key: g * counts_T.view(-1, 1, 1) for key, g in after.grad.items()}
@@ -195,7 +195,7 @@ def run(
         )
         gradients = {f"policy/{key}": torch.zeros_like(x) for key, x in policy.items()}
         kl = 0.0
-        if recipe.outer.generator > 0 and recipe.outer.lr_policy > 0:
+        if recipe.outer.generator > 0 and recipe.outer.lr_policy > 0 and not given:
             kl = _generator_gradient(setting, practice, advantage_TN, one, gradients)
         for key in policy:
             if recipe.outer.gamma > 0:
@@ -217,10 +217,18 @@ def run(
         with clock("generate"):
             answers = _show(setting, targets[:show], solve_shots[:show], one, tuned, show)
     metrics = _metrics(setting, practice, score_TN, weight_TN, by_score_TN, tuned, before, after, counts_T)
+    metrics |= _known(practice, tasks, score_TN.detach(), by_score_TN, counts_T)
     metrics["policy/kl"] = kl
     if N > 1:
         metrics["generator/advantage_spread"] = advantage_TN.std(1).mean().item()
     return Result(gradients, metrics, practice, weight_TN, -by_score_TN, answers, clock.seconds)
+
+
+def draw_shots(setting: Setting, tasks: Seq[Task]) -> list[Shots]:
+    """The few-shot material of each task."""
+    r = setting.recipe
+    solve, pairs = r.prompt.solve_shots, r.prompt.generate_shots
+    return [pick_shots(setting.pool, solve, r.run.seed, t.problem.id, pairs=pairs) for t in tasks]
 
 
 def example_sampling(recipe: Recipe) -> Sampling:
@@ -263,7 +271,7 @@ def kit(setting: Setting, policy: Adapter, eta: Mapping[str, Tensor], log_lr: Ma
 
 
 @dataclass(frozen=True)
-class _Outer:
+class OuterLoss:
     """An outer loss at one adapter: per task [T], its gradient [T, ...] (empty if not asked for), solve rate [T]."""
 
     loss_T: Tensor
@@ -273,13 +281,28 @@ class _Outer:
     tokens: int
 
 
+def outer_loss(
+    setting: Setting,
+    tasks: Seq[Task],
+    shots: Seq[Seq[tuple[str, str]]],
+    adapter: Adapter,
+    step: int,
+    when: str,
+    need_grad: bool = True,
+) -> OuterLoss:
+    """The recipe's outer loss of T tasks, each at its own adapter. `step` and `when` seed sampled answers."""
+    if setting.recipe.outer.loss == "gold":
+        return _gold(setting, tasks, shots, adapter, need_grad)
+    return _verified(setting, tasks, shots, adapter, step, when, need_grad)
+
+
 def _gold(
     setting: Setting,
     tasks: Seq[Task],
     shots: Seq[Seq[tuple[str, str]]],
     adapter: Adapter,
     need_grad: bool = True,
-) -> _Outer:
+) -> OuterLoss:
     lm, prompts = setting.lm, setting.prompts
     rows = [
         [solve_sequence(prompts, t.problem.text, t.solution, s)] for t, s in zip(tasks, shots, strict=True)
@@ -295,7 +318,7 @@ def _gold(
         with torch.no_grad():
             logprob_M = token_logprobs(lm.hf, lm.lora, packed, adapter)
     unknown_T = torch.full((len(tasks),), math.nan)
-    return _Outer(outer.gold_loss(packed, logprob_M), grad, unknown_T, 0, packed.size)
+    return OuterLoss(outer.gold_loss(packed, logprob_M), grad, unknown_T, 0, packed.size)
 
 
 def _verified(
@@ -306,7 +329,7 @@ def _verified(
     step: int,
     when: str,
     need_grad: bool = True,
-) -> _Outer:
+) -> OuterLoss:
     recipe, lm, prompts = setting.recipe, setting.lm, setting.prompts
     G = recipe.outer.rollouts
     drawn = answer(
@@ -345,7 +368,7 @@ def _verified(
     known = torch.isfinite(reward_TG)
     solved_T = (reward_TG.nan_to_num() * known).sum(1) / known.sum(1).clamp(min=1)
     failures = sum(v.status in ("failed", "timeout") for v in verdicts)
-    return _Outer(1 - solved_T, grad, solved_T, failures, sum(len(r.tokens) for own in drawn for r in own))
+    return OuterLoss(1 - solved_T, grad, solved_T, failures, sum(len(r.tokens) for own in drawn for r in own))
 
 
 def _generator_gradient(
@@ -437,8 +460,8 @@ def _metrics(
     weight_TN: Tensor,
     by_score_TN: Tensor,
     tuned: Tuned,
-    before: _Outer,
-    after: _Outer,
+    before: OuterLoss,
+    after: OuterLoss,
     counts_T: Tensor,
 ) -> dict[str, float]:
     valid_TN = practice.valid_TN
@@ -477,6 +500,30 @@ def _metrics(
         out["reward/solve_before"] = before.solved_T.mean().item()
         out["reward/solve_after"] = after.solved_T.mean().item()
     return out
+
+
+def known_truth(practice: Practice, tasks: Seq[Task]) -> tuple[Tensor, Tensor]:
+    """Which examples are right and of their target's family, and of which valid ones that is known; both [T, N] bool."""
+    truths = [
+        [truth(task, e.problem, e.solution) if e.valid else None for e in own]
+        for task, own in zip(tasks, practice.examples, strict=True)
+    ]
+    good = [[x is not None and x.right and x.kin for x in own] for own in truths]
+    known = [[x is not None for x in own] for own in truths]
+    device = practice.valid_TN.device
+    return torch.tensor(good, device=device), torch.tensor(known, device=device)
+
+
+def _known(
+    practice: Practice, tasks: Seq[Task], score_TN: Tensor, by_score_TN: Tensor, counts_T: Tensor
+) -> dict[str, float]:
+    """What only the truth of the examples can tell; NaN where it is not known."""
+    good_TN, known_TN = known_truth(practice, tasks)
+    return {
+        "scorer/auc": outer.auc(score_TN, good_TN, known_TN),
+        "credit/auc": outer.auc(-by_score_TN, good_TN, known_TN & counts_T.unsqueeze(1)),
+        "generator/right": _mean(good_TN[known_TN].float()),
+    }
 
 
 def _mean(x: Tensor) -> float:

@@ -1,10 +1,11 @@
-"""The frozen base model and its tokenizer: from a folder, the hub, a GGUF inside an installed package, or made up.
+"""The frozen base model and its tokenizer: from a folder, the hub, a GGUF inside a package, a world, or made up.
 
 | `model.path`             | what it is                                                                                |
 | ------------------------ | ----------------------------------------------------------------------------------------- |
 | a folder                 | Hugging Face files: config.json, *.safetensors, tokenizer                                   |
 | `owner/name`             | the same on the model hub, downloaded once by huggingface_hub                              |
 | `package:NAME/FILE.gguf` | a GGUF file inside an installed Python package, converted once into the cache folder       |
+| `world:NAME`             | a small Llama, pre-trained once on a planted world's lessons into the cache folder         |
 | `tiny:NAME`              | a random model of two layers with a byte tokenizer; NAME is llama, qwen2, qwen3, ...       |
 
 Weights are read from safetensors only and no code of a model's author is ever run.
@@ -13,11 +14,12 @@ Weights are read from safetensors only and no code of a model's author is ever r
 import contextlib
 import hashlib
 import importlib.util
+import json
 import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,8 +39,10 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
+from mass import worlds
 from mass.errors import MassError
 from mass.lora import Layers, LoraShape, attach
+from mass.pretrain import pretrain
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 # what is not common to the random models; everything else is in `tiny`
@@ -98,12 +102,13 @@ def load(
     device: str | torch.device = "auto",
     cache: str | Path | None = None,
     attention: str = "sdpa",
+    world: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model that `path` names (see the top of this file) in eval mode, with no parameter that wants a gradient.
 
     `dtype`: bf16, fp32 or fp64. `device`: auto (the accelerator if there is one, else the CPU) or a torch device.
-    `cache`: where converted GGUF files live; None means $MASS_CACHE, else ~/.cache/mass. The tokenizer always has a
-    pad token (the end token where it has none). Raises MassError, before any weight is read wherever possible, when
+    `cache`: where converted GGUF files and worlds' bases live; None means $MASS_CACHE, else ~/.cache/mass. `world`:
+    settings of worlds, {NAME: {setting: value}}. The tokenizer always has a pad token (the end token where it has none). Raises MassError, before any weight is read wherever possible, when
     there is no such model, it is no causal language model, or its files are broken.
     """
     if dtype not in DTYPES:
@@ -115,9 +120,12 @@ def load(
         hf, tokenizer = tiny(path.removeprefix("tiny:"), dtype=DTYPES[dtype], attention=attention)
         hf.to(where)
     else:
-        source = (
-            str(_converted(path, dtype, cache)) if path.startswith("package:") else _folder_or_hub_id(path)
-        )
+        if path.startswith("package:"):
+            source = str(_converted(path, dtype, cache))
+        elif path.startswith("world:"):
+            source = str(_pretrained(path, cache, world))
+        else:
+            source = _folder_or_hub_id(path)
         hf, tokenizer = _read(source, path, DTYPES[dtype], where, attention)
     return hf.eval().requires_grad_(False), tokenizer
 
@@ -272,6 +280,29 @@ def _converted(path: str, dtype: str, cache: str | Path | None) -> Path:
     # fp64 holds nothing that fp32 does not
     kept = "bf16" if dtype == "bf16" else "fp32"
     folder = cache_folder(cache) / "gguf" / f"{file.stem}-{file.stat().st_size}-{digest}-{kept}"
+    note = f"converting {file.name} to safetensors once (about half a minute) in {folder}"
+    return _once(path, folder, note, lambda partial: _convert(file, partial, DTYPES[kept]))
+
+
+def _pretrained(
+    path: str, cache: str | Path | None, settings: Mapping[str, Mapping[str, Any]] | None
+) -> Path:
+    """The folder of a world's base model: made once per settings that it depends on."""
+    world = worlds.find(path, settings)
+    told = json.dumps([path, worlds.base_key(world), world.words])
+    digest = hashlib.sha256(told.encode()).hexdigest()[:12]
+    folder = cache_folder(cache) / "world" / f"{path.removeprefix('world:')}-{digest}"
+    note = f"pre-training the base model of {path} once (some minutes) in {folder}"
+
+    def make(partial: Path) -> None:
+        with _quiet():
+            pretrain(partial, world.words, world.lesson, world.steps, world.seed, _say)
+
+    return _once(path, folder, note, make)
+
+
+def _once(path: str, folder: Path, note: str, make: Callable[[Path], None]) -> Path:
+    """`folder`, filled by `make` if it is not there: whole or absent, by one process at a time."""
     if folder.is_dir():
         return folder
     partial = folder.with_name(folder.name + ".partial")
@@ -282,15 +313,18 @@ def _converted(path: str, dtype: str, cache: str | Path | None) -> Path:
                 return folder
             # what a killed process left; the lock says that nobody is writing it now
             shutil.rmtree(partial, ignore_errors=True)
-            _say(f"converting {file.name} to safetensors once (about half a minute) in {folder}")
+            _say(note)
             try:
-                _convert(file, partial, DTYPES[kept])
+                make(partial)
+                for written in partial.iterdir():
+                    with open(written, "rb") as stream:
+                        os.fsync(stream.fileno())
                 partial.rename(folder)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise MassError(
-            f"model.path={path}: cannot be converted into the cache folder {folder.parent} ({_first_line(error)}). "
+            f"model.path={path}: cannot be made in the cache folder {folder.parent} ({_first_line(error)}). "
             "Free some space there, or set model.cache (or MASS_CACHE) to another folder."
         ) from error
     return folder
@@ -312,9 +346,6 @@ def _convert(file: Path, folder: Path, dtype: torch.dtype) -> None:
         # the dense model is no quantised one any more, and says so in its config
         hf.save_pretrained(folder)
         AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
-    for written in folder.iterdir():
-        with open(written, "rb") as stream:
-            os.fsync(stream.fileno())
 
 
 # ---- random models, made on the spot

@@ -78,6 +78,22 @@ def correlation(x: Tensor, y: Tensor) -> float:
     return torch.corrcoef(torch.stack([x.float(), y.float()]))[0, 1].item()
 
 
+def ordered_pairs(value_TN: Tensor, good_TN: Tensor, known_TN: Tensor) -> tuple[float, int]:
+    """How many pairs of a good and a bad example of one task have the good one's value on top (ties count a half), and
+    how many pairs there are. The first over the second is the AUC within tasks; scores of two tasks do not compare."""
+    good_TN, bad_TN = good_TN & known_TN, ~good_TN & known_TN
+    pairs_TNN = good_TN.unsqueeze(2) & bad_TN.unsqueeze(1)
+    ahead_TNN = value_TN.unsqueeze(2) - value_TN.unsqueeze(1)
+    won = ((ahead_TNN > 0) & pairs_TNN).sum() + 0.5 * ((ahead_TNN == 0) & pairs_TNN).sum()
+    return won.item(), int(pairs_TNN.sum())
+
+
+def auc(value_TN: Tensor, good_TN: Tensor, known_TN: Tensor) -> float:
+    """Chance that a good example has a higher value than a bad one of its task; NaN where no task has both."""
+    won, pairs = ordered_pairs(value_TN, good_TN, known_TN)
+    return won / pairs if pairs else float("nan")
+
+
 def _standardise(value: Tensor, known: Tensor, min_spread: float) -> Tensor:
     count = known.sum(1, keepdim=True)
     mean = (value * known).sum(1, keepdim=True) / count.clamp(min=1)

@@ -1,7 +1,7 @@
 """Problems: where they come from, how they are split, and in which order training meets them. No torch here.
 
-Sources are a `.jsonl` file, a Hugging Face dataset (hub id `owner/name` or `owner/name:config`, or a local folder)
-and a reasoning-gym family (`gym:NAME`). Training data are read strictly: an item that cannot be used is an error that
+Sources are a `.jsonl` file, a Hugging Face dataset (hub id `owner/name` or `owner/name:config`, or a local folder),
+a reasoning-gym family (`gym:NAME`) and a planted world (`world:NAME`). Training data are read strictly: an item that cannot be used is an error that
 names it, before any costly work. Problems of test time are read leniently: a bad line is a record, and the others run.
 `Problem`, all that test time sees, has no answer field.
 """
@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mass import rewards
+from mass import rewards, worlds
 from mass.errors import MassError
 
 _log = logging.getLogger(__name__)
@@ -44,8 +44,9 @@ class Problem:
 @dataclass(frozen=True)
 class Task:
     """A problem with its reference. `solution` ends in a line "Answer: X" unless it states X otherwise; `source` is the
-    gym family, the row's `source` or the file's stem; `verifier` is one of `rewards.KINDS`; `entry` is the
-    reasoning-gym row (with the family's `settings`, where some were given) that gym's own score needs."""
+    gym or world family, the row's `source` or the file's stem; `verifier` is one of `rewards.KINDS`; `entry` is the
+    reasoning-gym row (with the family's `settings`, where some were given) that gym's own score needs, or the world
+    and settings that `truth` needs."""
 
     problem: Problem
     answer: str
@@ -82,23 +83,25 @@ def load_tasks(
     size: int = 1000,
     weights: Sequence[float] | None = None,
     gym: Mapping[str, Mapping[str, Any]] | None = None,
+    world: Mapping[str, Mapping[str, Any]] | None = None,
     columns: Mapping[str, str] | None = None,
     verifier: str = "auto",
     seed: int = 0,
 ) -> list[Task]:
     """All tasks of one source or of a mixture, in a fixed order, with unique ids.
 
-    Without `weights` a file or dataset counts in full and the gym families make `size` problems in equal shares. With
-    `weights` (one for each source) every source gives its share of `size`: the first of a gym, a seeded choice of a
-    file. A gym family's problems differ in content, so a small family may give fewer; that is logged.
-    `split` picks the split of a dataset, and makes the gym's stream of problems differ from that of any other split.
+    Without `weights` a file or dataset counts in full and the gym families and worlds make `size` problems in equal
+    shares. With `weights` (one for each source) every source gives its share of `size`: the first of a gym, a seeded
+    choice of a file. The problems of one differ in content, so a small family may give fewer; that is logged.
+    `split` picks the split of a dataset, and makes the gym's stream of problems differ from that of any other split. A
+    world's "train" are the problems that it has for training; any other split is what it holds out.
     `verifier` "auto" is gym for a gym, numeric for an answer that is one number, math for one with LaTeX, else exact.
     Raises MassError that names the source, the lines (up to 5, and how many) or the setting, and the way out.
     """
     sources = [source] if isinstance(source, str) else list(source)
     if not sources:
         raise MassError(
-            "No problem source is given. Set problems.train to a .jsonl file, a hub id or gym:NAME."
+            "No problem source is given. Set problems.train to a .jsonl file, a hub id, gym:NAME or world:NAME."
         )
     if verifier not in ("auto", *rewards.KINDS):
         raise MassError(f"problems.verifier={verifier!r} is not one of auto, {', '.join(rewards.KINDS)}.")
@@ -115,8 +118,9 @@ def load_tasks(
             )
         shares = list(_shares(size, weights))
     else:
-        equal = iter(_shares(size, [1.0] * len(gyms)))
-        shares = [next(equal) if name.startswith("gym:") else None for name in sources]
+        made = [name.startswith(("gym:", "world:")) for name in sources]
+        equal = iter(_shares(size, [1.0] * sum(made)))
+        shares = [next(equal) if own else None for own in made]
     tasks: list[Task] = []
     for name, share in zip(sources, shares, strict=True):
         if name.startswith("gym:"):
@@ -124,6 +128,9 @@ def load_tasks(
             tasks += _gym_tasks(
                 family, share or 0, dict((gym or {}).get(family) or {}), split, verifier, seed
             )
+            continue
+        if name.startswith("world:"):
+            tasks += _world_tasks(worlds.find(name, world), share or 0, split, seed)
             continue
         found = _unique(_row_tasks(name, split, names, verifier))
         if share is not None and share > len(found):
@@ -238,7 +245,7 @@ def _dataset_rows(name: str, split: str, names: dict[str, str]) -> list[tuple[in
     local = Path(folder).expanduser()
     if not local.is_dir() and not _HUB_ID.fullmatch(name):
         raise MassError(
-            f"Problem source {name!r} is neither a file or folder that exists, nor a hub id owner/name, nor gym:NAME."
+            f"Problem source {name!r} is neither a file or folder that exists, nor a hub id owner/name, nor gym:NAME, nor world:NAME."
         )
     import datasets
 
@@ -398,6 +405,29 @@ def _gym_tasks(
     if len(tasks) < share:
         _log.warning("gym:%s gave %d different problems of the %d asked for", name, len(tasks), share)
     return tasks
+
+
+# Problems from planted worlds
+
+
+def _world_tasks(world: worlds.World, share: int, split: str, seed: int) -> list[Task]:
+    described = worlds.entry(world)
+    tasks = [
+        Task(Problem(f"{x.family}-{i}", x.problem), x.answer, x.solution, x.family, "exact", described)
+        for i, x in enumerate(worlds.items(world, share, split == "train", seed))
+    ]
+    if len(tasks) < share:
+        _log.warning(
+            "world:%s gave %d different problems of the %d asked for", described["world"], len(tasks), share
+        )
+    return tasks
+
+
+def truth(task: Task, problem: str, solution: str) -> worlds.Truth | None:
+    """What is known of an example that was made for a task; None where nothing is."""
+    if task.entry is None or "world" not in task.entry:
+        return None
+    return worlds.truth(task.entry, task.problem.text, problem, solution)
 
 
 def _shares(size: int, weights: Sequence[float]) -> list[int]:

@@ -260,8 +260,11 @@ def _training_contradictions(r: Recipe) -> Iterator[tuple[str, str]]:
         yield "outer.lr_policy outer.lr_scorer inner.learned_lr", text
 
 
-def command_line(argv: Sequence[str] | None, prog: str, description: str) -> Recipe:
-    """The recipe that a command line names. Prints and exits: --help and --cfg with 0, errors with 2."""
+def command_line(argv: Sequence[str] | None, prog: str, description: str) -> tuple[Recipe, int]:
+    """The recipe that a command line names, and how many tasks --probe is to look at (0: it was not asked for).
+
+    Prints and exits: --help and --cfg with 0, errors with 2.
+    """
     parser = argparse.ArgumentParser(
         prog,
         description=description,
@@ -274,6 +277,15 @@ def command_line(argv: Sequence[str] | None, prog: str, description: str) -> Rec
         "overrides", metavar="KEY=VALUE", nargs="*", help="takes the place of the file's value"
     )
     parser.add_argument("--cfg", action="store_true", help="print the resolved recipe and stop")
+    parser.add_argument(
+        "--probe",
+        metavar="TASKS",
+        type=int,
+        nargs="?",
+        const=64,
+        default=0,
+        help="look at credit, features and inner.lr on so many tasks (64), and stop",
+    )
     # the deepspeed launcher adds it; the environment says the same
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     known, unknown = parser.parse_known_intermixed_args(argv)
@@ -289,7 +301,7 @@ def command_line(argv: Sequence[str] | None, prog: str, description: str) -> Rec
         if speaks:
             print(dump(recipe), end="")
         sys.exit(0)
-    return recipe
+    return recipe, known.probe
 
 
 def _sections() -> Iterator[tuple[str, str, list[Key]]]:

@@ -41,10 +41,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Model:
-    path: str = _key("", "a folder, a hub id, package:NAME/FILE.gguf in an installed package, or tiny:llama")
+    path: str = _key("", "a folder, a hub id, package:NAME/FILE.gguf in a package, world:NAME or tiny:llama")
     dtype: Literal["bf16", "fp32"] = _key("bf16", "of the frozen base; everything learned is fp32")
     attention: Literal["sdpa", "eager"] = _key("sdpa", "attention where no second derivative is needed")
-    cache: str | None = _key(None, "folder for converted models; null = ~/.cache/mass")
+    cache: str | None = _key(None, "folder for converted and pre-trained models; null = ~/.cache/mass")
     device: Literal["auto", "cpu", "cuda"] = _key("auto", "auto = the GPU of this rank if there is one")
 
 
@@ -69,15 +69,22 @@ class Columns:
 @dataclass(frozen=True)
 class Problems:
     train: list[str] = _key(
-        [], "sources: FILE.jsonl, a hub id (OWNER/NAME or OWNER/NAME:CONFIG), or gym:NAME"
+        [], "sources: FILE.jsonl, a hub id (OWNER/NAME or OWNER/NAME:CONFIG), gym:NAME or world:NAME"
     )
     heldout: list[str] | None = _key(None, "the same to hold out; null = split off the training problems")
-    heldout_size: int = _key(100, "held-out problems made from a gym, or split off: at most a quarter", ge=0)
-    size: int = _key(1000, "training problems made from gyms; with weights, drawn from all sources", ge=1)
+    heldout_size: int = _key(
+        100, "held-out problems made from a gym or world, or split off: at most a quarter", ge=0
+    )
+    size: int = _key(
+        1000, "training problems made from gyms and worlds; with weights, drawn from all sources", ge=1
+    )
     weights: list[float] | None = _key(
         None, "share of each source in size; null = files whole, gyms alike", ge=0
     )
     gym: dict[str, dict[str, Any]] = _key({}, "settings of reasoning-gym families: {NAME: {setting: value}}")
+    world: dict[str, dict[str, Any]] = _key(
+        {}, "settings of planted worlds, and of their base models: {NAME: {setting: value}}"
+    )
     columns: Columns = _group(
         Columns, "columns of a data set; rows with a key problem but not this one have the defaults"
     )

@@ -25,10 +25,11 @@ from mass.distributed import Outer, World
 from mass.episode import Result, Setting
 from mass.errors import MassError
 from mass.forward import check_model
+from mass.heldout import evaluate
 from mass.log import RunLog, SampleRow, SampleTable, write_atomic
-from mass.methods import solve
 from mass.model import LanguageModel, load
 from mass.optimizers import Rule
+from mass.probe import probe
 from mass.problems import Cursor, Task, draw_pool, load_tasks, split_tasks
 from mass.prompts import Prompts, make_prompts
 from mass.recipe import Recipe, command_line, dump
@@ -36,13 +37,18 @@ from mass.rewards import Verifier, find_answer, require
 
 # Metrics that add up over ranks; the others are means over ranks, as they are means over tasks.
 SUMS = ("tokens/", "verifier/failures")
+# these are left out where no rank has a value: most problems have no truth to hold an example against
+KNOWN = ("scorer/auc", "credit/auc", "generator/right")
 
 
 def main(argv: list[str] | None = None) -> None:
     """`mass-train RECIPE [KEY=VALUE ...]`, and what `deepspeed launch/meta_train.py` runs. Exits 0, or 2 on user errors."""
-    recipe = command_line(argv, "mass-train", __doc__ or "")
+    recipe, tasks = command_line(argv, "mass-train", __doc__ or "")
     try:
-        train(recipe)
+        if tasks:
+            look(recipe, tasks)
+        else:
+            train(recipe)
     except MassError as error:
         if os.environ.get("RANK", "0") == "0" or not dist.is_initialized():
             print(f"mass-train: {error}", file=sys.stderr, flush=True)
@@ -100,7 +106,15 @@ def train(recipe: Recipe) -> None:
             log.say(
                 f"answering {min(len(heldout), recipe.evaluate.problems)} held-out problems, without and with update"
             )
-            metrics |= _evaluate(setting, heldout[: recipe.evaluate.problems], world, policy, eta, log_lr)
+            metrics |= evaluate(
+                episode.kit(setting, policy, eta, log_lr),
+                heldout[: recipe.evaluate.problems],
+                {task.source for task in train_tasks},
+                setting.verifier,
+                batch=recipe.outer.tasks,
+                rank=world.rank,
+                world=world.size,
+            )
             log.say(f"held-out at step {step}: {_percent(metrics['heldout/none'])} without update, "
                     f"{_percent(metrics['heldout/mass'])} with")  # fmt: skip
 
@@ -150,6 +164,28 @@ def train(recipe: Recipe) -> None:
         log.say(f"done: {run.folder}. Next: mass-adapt --run {run.folder} --problem '...'")
 
 
+def look(recipe: Recipe, tasks: int) -> None:
+    """`mass-train RECIPE --probe`: what mass/probe.py finds on the first tasks, before anything is trained."""
+    torch.set_num_threads(recipe.run.threads)
+    torch.manual_seed(recipe.run.seed)
+    world = distributed.start(recipe.model.device)
+    if world.size > 1:
+        raise MassError(
+            f"--probe runs in one process, and there are {world.size}. Type mass-train RECIPE --probe"
+        )
+    train_tasks, _, pool = _tasks(recipe)
+    setting, _ = _setting(recipe, world, pool, None)
+    policy = lora.fresh(setting.lm.lora, recipe.lora.rank, torch.Generator().manual_seed(recipe.run.seed))
+    eta = {key: p.detach() for key, p in setting.head.named_parameters()}
+    chosen = Cursor(train_tasks, recipe.run.seed).next(tasks)
+    for line in probe(setting, chosen, policy, eta, _say).lines:
+        print(line, flush=True)
+
+
+def _say(text: str) -> None:
+    print(f"mass-train: {text}", file=sys.stderr, flush=True)
+
+
 def _open(recipe: Recipe, world: World) -> Run:
     """Open the run folder on rank 0 and tell the others; an error there is every rank's error."""
     found: list[Any] = [None]
@@ -170,7 +206,13 @@ def _open(recipe: Recipe, world: World) -> Run:
 def _tasks(recipe: Recipe) -> tuple[list[Task], list[Task], list[Task]]:
     """Training tasks, held-out tasks, and the few-shot pool; no problem text is in two of them."""
     p, seed = recipe.problems, recipe.run.seed
-    common: dict[str, Any] = {"gym": p.gym, "columns": vars(p.columns), "verifier": p.verifier, "seed": seed}
+    common: dict[str, Any] = {
+        "gym": p.gym,
+        "world": p.world,
+        "columns": vars(p.columns),
+        "verifier": p.verifier,
+        "seed": seed,
+    }
     found = load_tasks(p.train, split=p.split, size=p.size, weights=p.weights, **common)
     held = None
     if p.heldout is not None:
@@ -184,7 +226,14 @@ def _tasks(recipe: Recipe) -> tuple[list[Task], list[Task], list[Task]]:
 def _setting(recipe: Recipe, world: World, pool: list[Task], saved: list[Any] | None) -> tuple[Setting, str]:
     """Load the model and put together what stays the same over all steps; and the base model's fingerprint."""
     m, i = recipe.model, recipe.inner
-    hf, tokenizer = load(m.path, dtype=m.dtype, device=world.device, cache=m.cache, attention=m.attention)
+    hf, tokenizer = load(
+        m.path,
+        dtype=m.dtype,
+        device=world.device,
+        cache=m.cache,
+        attention=m.attention,
+        world=recipe.problems.world,
+    )
     fingerprint = checkpoint.fingerprint(hf.named_parameters())
     check_model(hf)
     shape = lora.LoraShape(recipe.lora.rank, recipe.lora.alpha, tuple(recipe.lora.targets))
@@ -347,36 +396,6 @@ def _restore(outer: Outer, contents: Contents, world: World) -> None:
         torch.set_rng_state(contents.rng[world.rank].cpu())
 
 
-def _evaluate(
-    setting: Setting,
-    tasks: list[Task],
-    world: World,
-    policy: dict[str, Tensor],
-    eta: dict[str, Tensor],
-    log_lr: Mapping[str, Tensor],
-) -> dict[str, float]:
-    """Share of held-out tasks answered rightly without update and by `mass`; ranks take every W-th task."""
-    begin = time.perf_counter()
-    own = tasks[world.rank :: world.size]
-    kit = episode.kit(setting, policy, eta, log_lr)
-    right = {"none": 0.0, "mass": 0.0}
-    batch = setting.recipe.outer.tasks
-    for method in right:
-        for i in range(0, len(own), batch):
-            some = own[i : i + batch]
-            records = solve(kit, [task.problem for task in some], method, baselines=False)
-            pairs = [(record.solution, task) for record, task in zip(records, some, strict=True)]
-            verdicts = setting.verifier.verify_all(pairs)
-            right[method] += sum(v.score for v in verdicts if math.isfinite(v.score))
-    none, mass = (x / len(tasks) for x in distributed.reduce_sum([right["none"], right["mass"]]))
-    return {
-        "heldout/none": none,
-        "heldout/mass": mass,
-        "heldout/gain": mass - none,
-        "time/evaluate": time.perf_counter() - begin,
-    }
-
-
 def _reduce(metrics: Mapping[str, float]) -> dict[str, float]:
     """Over ranks: sums of counts, means (of those ranks that have a value) of the rest."""
     keys = sorted(metrics)
@@ -386,6 +405,8 @@ def _reduce(metrics: Mapping[str, float]) -> dict[str, float]:
     out = {}
     for i, key in enumerate(keys):
         known = total[len(keys) + i]
+        if not known and key in KNOWN:
+            continue
         out[key] = total[i] if key.startswith(SUMS) else total[i] / known if known else math.nan
     return out
 

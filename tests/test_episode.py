@@ -28,6 +28,7 @@ from mass.prompts import Example, make_prompts
 from mass.recipe import Recipe, load
 from mass.rewards import Verdict
 from mass.scorer import Scorer
+from mass.worlds import Truth
 
 T, N = 2, 4
 
@@ -543,3 +544,50 @@ def test_the_same_step_twice_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch
     a, b = world.run(), world.run()
     assert all(torch.equal(a.gradients[key], b.gradients[key]) for key in a.gradients)
     assert {k: v for k, v in a.metrics.items() if v == v} == {k: v for k, v in b.metrics.items() if v == v}
+
+
+# ---- what the truth of the examples tells
+
+
+def test_metrics_that_need_the_truth_are_there_where_it_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    unknown = make_world(monkeypatch, *SGD).run()
+    tags = ("scorer/auc", "credit/auc", "generator/right")
+    assert all(unknown.metrics[tag] != unknown.metrics[tag] for tag in tags)
+
+    def truth(task: Task, problem: str, solution: str) -> Truth | None:
+        """Of the second task only: the first valid example is right and of the family, another is one of the two."""
+        number = (
+            [e.problem for e in unknown.practice.examples[1]].index(problem)
+            if task.problem.id == "p1"
+            else -1
+        )
+        return None if number < 0 else Truth(number < 2, number != 1, None)
+
+    monkeypatch.setattr(episode, "truth", truth)
+    world = make_world(monkeypatch, *SGD)
+    result = world.run()
+    valid = [n for n, e in enumerate(world.practice.examples[1]) if e.valid]
+    assert valid[0] == 0 and len(valid) > 1
+    first, others = result.credit_TN[1, 0], result.credit_TN[1, valid[1:]]
+    assert result.metrics["generator/right"] == pytest.approx(1 / len(valid))
+    assert result.metrics["credit/auc"] == (first > others).double().mean()
+    # weights rise with scores
+    heavy = (result.weight_TN[1, 0] > result.weight_TN[1, valid[1:]]).double().mean()
+    assert result.metrics["scorer/auc"] == heavy
+    known = set(tags)
+    assert {k: v for k, v in result.metrics.items() if k not in known and v == v} == {
+        k: v for k, v in unknown.metrics.items() if k not in known and v == v
+    }
+
+
+def test_given_examples_are_used_and_teach_the_generator_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = make_world(monkeypatch, *SGD, "outer.gamma=0")
+    written = world.run()
+
+    def write(*_: Any, **__: Any) -> Practice:
+        raise AssertionError("examples were given")
+
+    monkeypatch.setattr(episode, "write_examples", write)
+    given = world.run(practice=world.practice)
+    assert torch.equal(given.credit_TN, written.credit_TN)
+    assert size(written, "policy") > 0 and size(given, "policy") == 0

@@ -336,7 +336,7 @@ def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def test_unwritable_cache_says_so(gguf_package: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(MassError, match="cannot be converted into the cache folder .* set model.cache"):
+    with pytest.raises(MassError, match="cannot be made in the cache folder .* set model.cache"):
         load(f"package:{gguf_package}/some.gguf", cache=tmp_path / "file")
 
 

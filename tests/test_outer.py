@@ -4,14 +4,17 @@ import math
 
 import pytest
 import torch
+from scipy.stats import mannwhitneyu
 
 from mass.batch import Packed, Sequence, pack
 from mass.outer import (
+    auc,
     correlation,
     credit_advantage,
     gold_loss,
     group_advantage,
     normalised,
+    ordered_pairs,
     policy_loss,
     verifier_loss,
 )
@@ -190,3 +193,23 @@ def test_correlation() -> None:
     assert correlation(x, 5 - 2 * x) == pytest.approx(-1.0)
     assert correlation(x, torch.tensor([1.0, -1.0, -1.0, 1.0])) == pytest.approx(0.0, abs=1e-6)
     assert math.isnan(correlation(x[:2], x[:2])) and math.isnan(correlation(x, torch.ones(4)))
+
+
+def test_auc_counts_pairs_within_tasks() -> None:
+    """Against the Mann-Whitney U statistic, task by task; ties among the values, unknown examples, tasks of one kind."""
+    generator = torch.Generator().manual_seed(2)
+    value_TN = torch.randint(0, 5, (6, 9), generator=generator).float()
+    good_TN = torch.rand(6, 9, generator=generator) < 0.4
+    known_TN = torch.rand(6, 9, generator=generator) < 0.8
+    good_TN[0], good_TN[1] = True, False
+    won, pairs = 0.0, 0
+    for t in range(2, 6):
+        good, bad = value_TN[t][good_TN[t] & known_TN[t]], value_TN[t][~good_TN[t] & known_TN[t]]
+        won += mannwhitneyu(good, bad).statistic
+        pairs += len(good) * len(bad)
+    assert pairs > 30 and ordered_pairs(value_TN, good_TN, known_TN) == (won, pairs)
+    assert auc(value_TN, good_TN, known_TN) == pytest.approx(won / pairs)
+    # a shift of a task's values changes nothing
+    assert auc(value_TN + 10 * torch.arange(6).view(-1, 1), good_TN, known_TN) == pytest.approx(won / pairs)
+    assert auc(good_TN.float(), good_TN, known_TN) == 1 and auc(-good_TN.float(), good_TN, known_TN) == 0
+    assert math.isnan(auc(value_TN[:2], good_TN[:2], known_TN[:2]))

@@ -44,7 +44,7 @@ def errors(path: Path, *overrides: str) -> list[str]:
 
 
 def test_the_recipes_of_the_issue_are_there():
-    assert {"smoke", "demo", "gsm8k", "math"} <= {path.stem for path in RECIPES}
+    assert {"smoke", "demo", "gsm8k", "math", "planted", "families"} <= {path.stem for path in RECIPES}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -325,7 +325,17 @@ def test_cfg_prints_the_resolved_recipe_and_stops(write, capsys):
 def test_the_launchers_local_rank_is_ignored(write, rank):
     path = write(NEEDED)
     # the deepspeed launcher puts it before the script's own arguments
-    assert command_line([*rank, str(path), "inner.steps=3"], "", "") == load(path, ["inner.steps=3"])
+    assert command_line([*rank, str(path), "inner.steps=3"], "", "") == (load(path, ["inner.steps=3"]), 0)
+
+
+@pytest.mark.parametrize("words, tasks", [(["--probe"], 64), (["--probe", "8"], 8), ([], 0)])
+def test_probe_is_asked_for_with_a_number_of_tasks_or_without(write, words, tasks):
+    path = write(NEEDED)
+    assert command_line([str(path), "inner.steps=3", *words], "", "") == (
+        load(path, ["inner.steps=3"]),
+        tasks,
+    )
+    assert command_line([str(path), *words, "--local_rank=0"], "", "") == (load(path), tasks)
 
 
 def test_a_faulty_recipe_exits_with_2_and_one_message(write, capsys, monkeypatch):

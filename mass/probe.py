@@ -1,0 +1,312 @@
+"""Before a scorer is trained: is the credit right, can the features be read, does the inner step help, and at which rate?
+
+Each question isolates one fault. Credit that does not rank right examples above wrong ones is a fault of the examples, the
+inner loop or the outer loss; features from which a head trained on the truth cannot tell them apart are a fault of the
+scorer's inputs; where both are good and training is not, it is the outer optimizer.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, replace
+
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor
+from torch.nn import functional as F
+
+from mass import episode, outer, scorer
+from mass.choices import own_answers
+from mass.episode import Result, Setting
+from mass.inner import Step
+from mass.lora import Adapter, expand
+from mass.practice import Practice, features, fine_tune
+from mass.problems import Task
+from mass.scorer import Scorer
+
+# inner.lr times these is tried: three decades, half a decade apart
+RATES = tuple(10 ** (k / 2) for k in range(-3, 4))
+# of training's generator of examples; not a step that training takes
+STEP = -1
+HEAD_STEPS = 150
+HEAD_LR = 3e-3
+FOLDS = 4
+
+
+@dataclass(frozen=True)
+class Rate:
+    """What one inner learning rate does: outer loss without update, after one with uniform weights, and after one on the
+    right examples alone (NaN where they are not known); share of tasks that exploded; AUC of the credit."""
+
+    lr: float
+    before: float
+    uniform: float
+    right: float
+    exploded: float
+    auc: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `probe` found. `judged`: "truth" or "verifier", or "" where no example could be told right or wrong."""
+
+    tasks: int
+    examples: int
+    judged: str
+    right: float
+    credit_auc: float
+    feature_auc: float
+    credit_median: float
+    credit_max: float
+    flat: float
+    exact: float
+    one_step: float
+    rates: tuple[Rate, ...]
+
+    @property
+    def lines(self) -> list[str]:
+        """The report in words and numbers."""
+        whose = {"truth": "self-made examples, by their truth", "verifier": "own answers, by the verifier"}
+        out = [f"{self.tasks} tasks x {self.examples} examples, uniform weights, nothing trained"]
+        if self.judged:
+            out += [
+                f"judged: {whose[self.judged]}; {self.right:.0%} are right",
+                f"raw credit: AUC {self.credit_auc:.3f} (right above wrong, within a task)",
+                f"features of the scorer: AUC {self.feature_auc:.3f} on tasks that a head trained to tell right from "
+                f"wrong ({HEAD_STEPS} steps) has not met",
+            ]
+        else:
+            out.append("no example can be told right or wrong here: no AUC of the credit or the features")
+        ratio = self.credit_max / self.credit_median if self.credit_median else math.nan
+        out += [
+            f"size of the credits: median {self.credit_median:.2g}, largest {self.credit_max:.2g} ({ratio:.0f} times); "
+            f"{self.flat:.0%} of the tasks under outer.min_spread",
+            f"rank correlation with leaving each example out: exact credit {self.exact:.3f}, one-step dot product "
+            f"{self.one_step:.3f}",
+            "inner.lr     outer loss   after update   on right ones   exploded   credit AUC",
+        ]
+        for x in self.rates:
+            out.append(
+                f"{x.lr:<12.3g} {x.before:10.3f} {x.uniform:14.3f} {x.right:15.3f} {x.exploded:10.0%} {x.auc:12.3f}"
+            )
+        good = [x.lr for x in self.rates if self._gain(x) > 0.5 * max(map(self._gain, self.rates))]
+        if good and max(map(self._gain, self.rates)) > 0:
+            out.append(f"at least half of the best gain: inner.lr from {min(good):.3g} to {max(good):.3g}")
+        else:
+            out.append("no rate lowers the outer loss")
+        return out
+
+    def _gain(self, x: Rate) -> float:
+        after = x.uniform if math.isnan(x.right) else x.right
+        return x.before - after if math.isfinite(after) else -math.inf
+
+
+def probe(
+    setting: Setting,
+    tasks: Seq[Task],
+    policy: Adapter,
+    eta: Mapping[str, Tensor],
+    say: Callable[[str], None] = lambda text: None,
+) -> Report:
+    """Look at the first outer step of some tasks, `outer.tasks` at a time, with a fresh scorer. Nothing is trained.
+
+    Where the truth of self-made examples is not known, credit and features are judged on the policy's own answers, which
+    the verifier judges. The rates and the leave-one-out comparison use the first 16 tasks or the first batch.
+    """
+    quiet = replace(setting.recipe.outer, lr_policy=0.0, gamma=0.0, through_init=False)
+    fixed = replace(setting.recipe.inner, learned_lr="no")
+    setting = replace(setting, recipe=replace(setting.recipe, outer=quiet, inner=fixed))
+    size = setting.recipe.outer.tasks
+    batches = [tasks[i : i + size] for i in range(0, len(tasks) // size * size, size)] or [tasks]
+    made: list[Result] = []
+    for i, batch in enumerate(batches):
+        say(
+            f"examples and credit of tasks {i * size + 1} to {i * size + len(batch)} of {len(batches) * size}"
+        )
+        made.append(episode.run(setting, batch, STEP, policy, eta, {}))
+    size_TN = torch.cat([x.credit_TN[x.practice.valid_TN].abs() for x in made])
+    spread_T = torch.cat([x.credit_TN.square().mean(1).sqrt() for x in made])
+
+    judged, right = [], [episode.known_truth(x.practice, b) for x, b in zip(made, batches, strict=True)]
+    if any(known.any() for _, known in right):
+        how, judged = "truth", made
+    else:
+        how = "verifier"
+        for batch in batches:
+            say("own answers, for the verifier to judge")
+            practice = own_answers(episode.kit(setting, policy, eta, {}), [task.problem for task in batch])
+            judged.append(episode.run(setting, batch, STEP, policy, eta, {}, practice=practice))
+        right = [_verified(setting, x.practice, b) for x, b in zip(judged, batches, strict=True)]
+    credit_TN = torch.cat([x.credit_TN for x in judged])
+    good_TN, known_TN = (torch.cat(x) for x in zip(*right, strict=True))
+    few = max(1, 16 // size)
+    say("leaving each example out, and other inner rates")
+    exact, one_step = _leave_one_out(setting, batches[:few], made[:few], policy)
+    return Report(
+        len(batches) * size if len(tasks) >= size else len(tasks),
+        setting.recipe.generate.examples,
+        how if known_TN.any() else "",
+        good_TN[known_TN].float().mean().item() if known_TN.any() else math.nan,
+        outer.auc(credit_TN, good_TN, known_TN),
+        _feature_auc(setting, batches, [x.practice for x in judged], good_TN, known_TN),
+        size_TN.median().item() if size_TN.numel() else math.nan,
+        size_TN.max().item() if size_TN.numel() else math.nan,
+        (spread_T < setting.recipe.outer.min_spread).float().mean().item(),
+        exact,
+        one_step,
+        tuple(
+            _rate(setting, lr * setting.recipe.inner.lr, batches[:few], made[:few], policy, eta)
+            for lr in RATES
+        ),
+    )
+
+
+def _verified(setting: Setting, practice: Practice, tasks: Seq[Task]) -> tuple[Tensor, Tensor]:
+    """Which own answers are right, and of which that is known, [T, N]."""
+    verdicts = [
+        [setting.verifier.verify(e.solution, task).score if e.valid else math.nan for e in own]
+        for task, own in zip(tasks, practice.examples, strict=True)
+    ]
+    score_TN = torch.tensor(verdicts, device=practice.valid_TN.device)
+    return score_TN >= 1, torch.isfinite(score_TN)
+
+
+def _feature_auc(
+    setting: Setting, batches: Seq[Seq[Task]], practices: Seq[Practice], good_TN: Tensor, known_TN: Tensor
+) -> float:
+    """AUC of scorer heads that were trained to rank right above wrong, each on the quarter of the tasks it has not met."""
+    lm, r = setting.lm, setting.recipe.scorer
+    found = [
+        features(
+            lm, setting.parts, setting.prompts, practice, [t.problem.text for t in batch], r.layers, r.pool
+        )
+        for batch, practice in zip(batches, practices, strict=True)
+    ]
+    task_TF, example_TNF = (torch.cat(x) for x in zip(*found, strict=True))
+    pairs_TNN = (good_TN & known_TN).unsqueeze(2) & (~good_TN & known_TN).unsqueeze(1)
+    fold_T = torch.arange(len(good_TN), device=good_TN.device) % FOLDS
+    won, pairs = 0.0, 0
+    for fold in range(FOLDS):
+        learned_TNN = pairs_TNN & (fold_T != fold).view(-1, 1, 1)
+        if not learned_TNN.any():
+            continue
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            head = Scorer(setting.head.width, len(r.layers), r.hidden).to(good_TN.device)
+        optimizer = torch.optim.Adam(head.parameters(), HEAD_LR)
+        for _ in range(HEAD_STEPS):
+            score_TN = head(task_TF, example_TNF)
+            ahead_TNN = score_TN.unsqueeze(2) - score_TN.unsqueeze(1)
+            loss = F.softplus(-ahead_TNN[learned_TNN]).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        with torch.no_grad():
+            score_TN = head(task_TF, example_TNF)
+        ordered = outer.ordered_pairs(score_TN, good_TN, known_TN & (fold_T == fold).unsqueeze(1))
+        won, pairs = won + ordered[0], pairs + ordered[1]
+    return won / pairs if pairs else math.nan
+
+
+def _rate(
+    setting: Setting,
+    lr: float,
+    batches: Seq[Seq[Task]],
+    made: Seq[Result],
+    policy: Adapter,
+    eta: Mapping[str, Tensor],
+) -> Rate:
+    inner = replace(setting.recipe.inner, lr=lr)
+    at = replace(setting, recipe=replace(setting.recipe, inner=inner))
+    before, uniform, right, exploded, won, pairs = [], [], [], [], 0.0, 0
+    for batch, first in zip(batches, made, strict=True):
+        practice = first.practice
+        result = episode.run(at, batch, STEP, policy, eta, {}, practice=practice)
+        before.append(result.metrics["meta/loss_before"])
+        uniform.append(result.metrics["meta/loss"])
+        exploded.append(result.metrics["meta/exploded"])
+        good_TN, known_TN = episode.known_truth(practice, batch)
+        ordered = outer.ordered_pairs(result.credit_TN, good_TN, known_TN)
+        won, pairs = won + ordered[0], pairs + ordered[1]
+        if known_TN.any():
+            # a task without a right example stays as it is
+            weight_TN = scorer.weights(torch.zeros_like(result.weight_TN), good_TN, 1.0)
+            right.append(_loss_after(at, batch, practice, weight_TN, policy).mean().item())
+    return Rate(
+        lr,
+        _mean(before),
+        _mean(uniform),
+        _mean(right),
+        _mean(exploded),
+        won / pairs if pairs else math.nan,
+    )
+
+
+def _loss_after(
+    setting: Setting, tasks: Seq[Task], practice: Practice, weight_TN: Tensor, policy: Adapter
+) -> Tensor:
+    """The outer loss of each task after an update with these weights, [T]."""
+    i = setting.recipe.inner
+    tuned = fine_tune(
+        setting.lm,
+        practice.packed,
+        weight_TN,
+        expand(policy, len(tasks)),
+        rule=setting.rule,
+        lr=episode.inner_rates(setting, {}, policy),
+        steps=i.steps,
+        max_growth=i.max_growth,
+        parts=setting.parts if setting.checkpoint else None,
+    )
+    shots = [own.solve for own in episode.draw_shots(setting, tasks)]
+    adapter = tuned.trajectory.adapter
+    return episode.outer_loss(setting, tasks, shots, adapter, STEP, "after", need_grad=False).loss_T
+
+
+def _leave_one_out(
+    setting: Setting, batches: Seq[Seq[Task]], made: Seq[Result], policy: Adapter
+) -> tuple[float, float]:
+    """Mean over tasks of the rank correlation between what leaving an example out does to the outer loss, under uniform
+    weights, and its exact credit; and the same for -<grad l_i(phi_0), grad L(phi_0)> turned into a credit."""
+    exact, one_step = [], []
+    for batch, result in zip(batches, made, strict=True):
+        practice = result.practice
+        valid_TN = practice.valid_TN
+        with_all_T = _loss_after(setting, batch, practice, result.weight_TN, policy)
+        change = []
+        for i in range(valid_TN.shape[1]):
+            rest_TN = valid_TN.clone()
+            rest_TN[:, i] = False
+            weight_TN = scorer.weights(torch.zeros_like(result.weight_TN), rest_TN, 1.0)
+            change.append(_loss_after(setting, batch, practice, weight_TN, policy) - with_all_T)
+        change_TN = torch.stack(change, 1)
+        dot_TN = _one_step(setting, batch, practice, result.weight_TN, policy)
+        for t in range(len(batch)):
+            own = valid_TN[t]
+            exact.append(_rank_correlation(result.credit_TN[t][own], change_TN[t][own]))
+            one_step.append(_rank_correlation(dot_TN[t][own], change_TN[t][own]))
+    return _mean(exact), _mean(one_step)
+
+
+def _one_step(
+    setting: Setting, tasks: Seq[Task], practice: Practice, weight_TN: Tensor, policy: Adapter
+) -> Tensor:
+    """<grad l_i, grad L> of each example at phi_0, [T, N]."""
+    start = expand(policy, len(tasks))
+    shots = [own.solve for own in episode.draw_shots(setting, tasks)]
+    gradient = episode.outer_loss(setting, tasks, shots, start, STEP, "before").grad
+    products = episode.make_products(setting, practice.packed, weight_TN)
+    zero = torch.zeros_like(weight_TN)
+    c_TN, _ = products(Step(start, {}, gradient, zero), gradient, False)
+    return c_TN
+
+
+def _rank_correlation(x: Tensor, y: Tensor) -> float:
+    if x.numel() < 3 or x.std() == 0 or y.std() == 0:
+        return math.nan
+    return float(spearmanr(x.cpu(), y.cpu()).statistic)
+
+
+def _mean(values: Seq[float]) -> float:
+    finite = [x for x in values if math.isfinite(x)]
+    return sum(finite) / len(finite) if finite else math.nan

@@ -1,0 +1,135 @@
+"""The probe: what it says of a sound setting, and which fault it names where there is one."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from chain import save_chain, save_problems
+
+from mass import episode, lora, probe, train
+from mass.distributed import World
+from mass.episode import Setting
+from mass.practice import pack_examples
+from mass.problems import Cursor, Task
+from mass.recipe import load
+
+ROOT = Path(__file__).parent.parent
+HERE = World(0, 1, torch.device("cpu"))
+
+
+def open_recipe(name: str, *overrides: str) -> tuple[Setting, list[Task], Any, Any]:
+    """What `probe` takes, for the first 8 tasks of a recipe."""
+    recipe = load(ROOT / f"recipes/{name}.yaml", ["outer.tasks=8", *overrides])
+    tasks, _, pool = train._tasks(recipe)
+    setting, _ = train._setting(recipe, HERE, pool, None)
+    policy = lora.fresh(setting.lm.lora, recipe.lora.rank, torch.Generator().manual_seed(0))
+    eta = {key: p.detach() for key, p in setting.head.named_parameters()}
+    return setting, Cursor(tasks, 0).next(16), policy, eta
+
+
+@pytest.fixture(scope="module")
+def families() -> Iterator[tuple[Setting, list[Task], Any, Any]]:
+    yield open_recipe("families", f"model.path={ROOT}/tests/data/families")
+
+
+@pytest.fixture(scope="module")
+def report(families: tuple[Setting, list[Task], Any, Any]) -> probe.Report:
+    return probe.probe(*families)
+
+
+def test_a_sound_setting_looks_sound(report: probe.Report) -> None:
+    assert (report.tasks, report.examples, report.judged) == (16, 8, "truth")
+    assert 0.1 < report.right < 0.45
+    assert report.credit_auc > 0.97 and report.feature_auc > 0.85
+    assert report.exact > 0.85 and report.exact > report.one_step
+    assert 0 < report.credit_median < report.credit_max and report.flat == 0
+
+
+def test_the_window_of_the_inner_rate(report: probe.Report, families: Any) -> None:
+    lr = families[0].recipe.inner.lr
+    assert [x.lr for x in report.rates] == pytest.approx([lr * 10 ** (k / 2) for k in range(-3, 4)])
+    tiny, _, _, middle, _, _, huge = report.rates
+    assert tiny.uniform == pytest.approx(tiny.before, rel=0.02) and tiny.right < tiny.before
+    assert middle.right < 0.5 * middle.before and middle.exploded < 0.3
+    assert huge.exploded > 0.7 and huge.uniform > huge.before
+    assert all(x.before == tiny.before for x in report.rates)
+    said = next(line for line in report.lines if line.startswith("at least half"))
+    low, high = (float(word) for word in said.partition("from ")[2].split(" to "))
+    assert low <= lr <= high < report.rates[-1].lr
+
+
+def test_a_credit_that_does_not_know_right_from_wrong_shows(
+    families: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The truth shuffled: neither the credit nor the features can tell."""
+    whole = episode.known_truth
+    generator = torch.Generator().manual_seed(0)
+
+    def shuffled(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        good_TN, known_TN = whole(*arguments)
+        return torch.rand(good_TN.shape, generator=generator) < 0.5, known_TN
+
+    monkeypatch.setattr(episode, "known_truth", shuffled)
+    monkeypatch.setattr(probe, "RATES", ())
+    monkeypatch.setattr(probe, "_leave_one_out", lambda *_: (0.0, 0.0))
+    report = probe.probe(*families)
+    assert 0.35 < report.credit_auc < 0.65 and report.feature_auc < 0.7
+
+
+def test_leaving_an_example_out_is_to_fine_tune_without_it(
+    families: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One example's effect by hand: the batch written anew with that example malformed."""
+    setting, tasks, policy, eta = families
+    seen: list[tuple[list[float], list[float]]] = []
+    monkeypatch.setattr(
+        probe, "_rank_correlation", lambda x, y: (seen.append((x.tolist(), y.tolist())), 1.0)[1]
+    )
+    result = episode.run(setting, tasks[:2], probe.STEP, policy, eta, {})
+    probe._leave_one_out(setting, [tasks[:2]], [result], policy)
+    (credit, change), *_ = seen
+    assert credit == result.credit_TN[0][result.practice.valid_TN[0]].tolist()
+
+    practice = result.practice
+    examples = [
+        [replace(e, valid=e.valid and i != 3) for i, e in enumerate(own)] for own in practice.examples
+    ]
+    packed, valid_TN = pack_examples(setting.lm, setting.prompts, examples, [[], []])
+    less = replace(practice, examples=examples, packed=packed, valid_TN=valid_TN)
+    without = episode.run(setting, tasks[:2], probe.STEP, policy, eta, {}, practice=less)
+    both = [x.metrics["meta/loss"] for x in (without, result)]
+    place = [i for i in range(8) if practice.valid_TN[0, i]].index(3)
+    other = [i for i in range(8) if practice.valid_TN[1, i]].index(3)
+    assert (change[place] + seen[2][1][other]) / 2 == pytest.approx(both[0] - both[1], abs=1e-4)
+
+
+def test_without_a_truth_the_verifier_judges_own_answers(tmp_path: Path) -> None:
+    overrides = [
+        f"model.path={save_chain(tmp_path / 'chain')}",
+        f"problems.train={save_problems(tmp_path / 'p.jsonl')}",
+    ]
+    setting, tasks, policy, eta = open_recipe(
+        "smoke",
+        *overrides,
+        "generate.answer_tokens=8",
+        "inner.checkpoint=false",
+        "meta_gradient.mode=reverse",
+    )
+    said: list[str] = []
+    report = probe.probe(setting, tasks[:8], policy, eta, said.append)
+    assert report.judged == "verifier" and 0 < report.right < 1
+    assert 0 <= report.credit_auc <= 1 and "own answers, by the verifier" in " ".join(report.lines)
+    assert any("own answers" in text for text in said)
+    assert all(x.right != x.right and x.auc != x.auc for x in report.rates)
+    # with uniform weights alone it is their loss that the window is about
+    assert any(line.startswith(("at least half", "no rate")) for line in report.lines)
+
+
+def test_the_probe_leaves_everything_as_it_was(families: Any, report: probe.Report) -> None:
+    setting, tasks, policy, eta = families
+    assert setting.recipe.outer.lr_policy == 0 and setting.recipe.inner.lr == report.rates[3].lr
+    assert all((eta[key] == p).all() for key, p in setting.head.named_parameters())
+    assert all((x == 0).all() for key, x in policy.items() if key.endswith(".B"))
