@@ -3,10 +3,8 @@
 Each outer step: T tasks a rank -> `episode.run` makes the gradients of the outer parameters -> one DeepSpeed step.
 """
 
-import json
 import math
 import os
-import resource
 import signal
 import sys
 import time
@@ -18,21 +16,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mass import blocks, checkpoint, distributed, episode, lora, memory, scorer
+from mass import blocks, checkpoint, distributed, episode, lora, memory, report, scorer, state
 from mass.batch import Sequence, pack
-from mass.checkpoint import Contents, Run
-from mass.distributed import Outer, World
-from mass.episode import Result, Setting
+from mass.checkpoint import Run
+from mass.distributed import World
+from mass.engine import Outer
+from mass.episode import Setting
 from mass.errors import MassError
 from mass.forward import check_model
-from mass.log import RunLog, SampleRow, SampleTable, write_atomic
+from mass.log import RunLog
 from mass.methods import solve
 from mass.model import LanguageModel, load
 from mass.optimizers import Rule
 from mass.problems import Cursor, Task, draw_pool, load_tasks, split_tasks
 from mass.prompts import Prompts, make_prompts
 from mass.recipe import Recipe, command_line, dump
-from mass.rewards import Verifier, find_answer, require
+from mass.rewards import Verifier, require
 
 # Metrics that add up over ranks; the others are means over ranks, as they are means over tasks.
 SUMS = ("tokens/", "verifier/failures")
@@ -75,7 +74,7 @@ def train(recipe: Recipe) -> None:
             raise MassError(
                 f"outer.steps={recipe.outer.steps}: {run.start} is at step {first} already. Raise outer.steps"
             )
-        _restore(outer, contents, world)
+        state.restore(outer, contents, world)
     log = RunLog(
         run.folder,
         rank=world.rank,
@@ -83,7 +82,7 @@ def train(recipe: Recipe) -> None:
         tensorboard=recipe.log.tensorboard,
         start_step=first,
     )
-    _introduce(log, recipe, run, setting, world, len(train_tasks), len(heldout), first)
+    report.introduce(log, recipe, run, setting, world, len(train_tasks), len(heldout), first)
     stop = _Stop()
     in_a_row = 0
     saved = first
@@ -106,7 +105,7 @@ def train(recipe: Recipe) -> None:
 
         if step > saved and (done or leaving or step % recipe.save.every == 0):
             before = time.perf_counter()
-            _save(run, recipe, setting, outer, cursor, step, skipped, fingerprint, world)
+            state.save(run, recipe, setting, outer, cursor, step, skipped, fingerprint, world)
             metrics["time/save"] = time.perf_counter() - before
             saved = step
 
@@ -131,11 +130,13 @@ def train(recipe: Recipe) -> None:
             "meta/skipped_steps": skipped,
             "inner/lr": _rate(recipe, log_lr),
         }
-        metrics |= {f"outer/lr_{group}": lr for group, lr in rates.items()} | {"memory/peak_gb": peak_gb()}
+        metrics |= {f"outer/lr_{group}": lr for group, lr in rates.items()} | {
+            "memory/peak_gb": report.peak_gb()
+        }
         log.scalars(step, metrics)
         log.line(step, metrics)
         if show:
-            log.samples(step, [_table(tasks[0], result)])
+            log.samples(step, [report.table(tasks[0], result)])
         if in_a_row >= recipe.outer.max_skipped:
             good = checkpoint.newest_good(run.folder)
             raise MassError(
@@ -274,79 +275,6 @@ def _outer(recipe: Recipe, setting: Setting, world: World) -> Outer:
     return Outer(groups, lr, stage=recipe.zero.stage, clip=o.clip_grad, warmup=o.warmup, device=world.device)
 
 
-def _save(
-    run: Run,
-    recipe: Recipe,
-    setting: Setting,
-    outer: Outer,
-    cursor: Cursor,
-    step: int,
-    skipped: int,
-    fingerprint: str,
-    world: World,
-) -> None:
-    """Collect the state of all ranks; rank 0 writes it, and what it could not write is every rank's error."""
-    state = outer.state()
-    log_lr = outer.values("inner_lr")
-    state |= {f"value:inner_lr/{name}": x for name, x in log_lr.items()}
-    policy, eta = outer.values("policy"), outer.values("scorer")
-    rng = distributed.gather_bytes(torch.get_rng_state())
-    failure: list[Any] = [None]
-    if world.main:
-        assert setting.lm.shape is not None
-        contents = Contents(
-            policy=policy,
-            shape=setting.lm.shape,
-            base_name=setting.lm.name,
-            scorer={key: x.cpu() for key, x in eta.items()},
-            optimizer={key: x.cpu() for key, x in state.items()},
-            rng=rng,
-            meta={
-                "step": step,
-                "cursor": cursor.state(),
-                "skipped": skipped,
-                "world": world.size,
-                "fingerprint": fingerprint,
-                "extra": {
-                    "inner_lr": {name: x.exp().item() for name, x in log_lr.items()},
-                    "engine": [setting.engine, setting.recompute, setting.checkpoint],
-                },
-            },
-        )
-        try:
-            shots = run.folder / "shots.jsonl"
-            if not shots.exists():
-                write_atomic(shots, "".join(map(_shot, setting.pool)))
-            checkpoint.save(run, step, contents, recipe.save.keep)
-        except (MassError, OSError) as error:
-            failure = [
-                error if isinstance(error, MassError) else MassError(f"saving to {run.folder}: {error}")
-            ]
-    if world.size > 1:
-        dist.broadcast_object_list(failure)
-    if failure[0] is not None:
-        raise failure[0]
-
-
-def _shot(task: Task) -> str:
-    row = {
-        "id": task.problem.id,
-        "problem": task.problem.text,
-        "solution": task.solution,
-        "answer": task.answer,
-    }
-    return json.dumps(row | {"source": task.source}, ensure_ascii=False) + "\n"
-
-
-def _restore(outer: Outer, contents: Contents, world: World) -> None:
-    prefix = "value:inner_lr/"
-    log_lr = {key.removeprefix(prefix): x for key, x in contents.optimizer.items() if key.startswith(prefix)}
-    groups = {"policy": contents.policy, "scorer": contents.scorer, "inner_lr": log_lr}
-    outer.load(groups, contents.optimizer)
-    if world.size == len(contents.rng):
-        torch.set_rng_state(contents.rng[world.rank].cpu())
-
-
 def _evaluate(
     setting: Setting,
     tasks: list[Task],
@@ -388,51 +316,6 @@ def _reduce(metrics: Mapping[str, float]) -> dict[str, float]:
         known = total[len(keys) + i]
         out[key] = total[i] if key.startswith(SUMS) else total[i] / known if known else math.nan
     return out
-
-
-def _table(task: Task, result: Result) -> SampleTable:
-    rows = [
-        SampleRow(e.problem, e.solution, e.valid, e.reason, weight, credit)
-        for e, weight, credit in zip(
-            result.practice.examples[0],
-            result.weight_TN[0].tolist(),
-            result.credit_TN[0].tolist(),
-            strict=True,
-        )
-    ]
-    before, after = (find_answer(texts[0]) if texts else None for texts in result.answers)
-    return SampleTable(task.problem.text, rows, task.problem.id, task.answer, before, after)
-
-
-def _introduce(
-    log: RunLog,
-    recipe: Recipe,
-    run: Run,
-    setting: Setting,
-    world: World,
-    train: int,
-    heldout: int,
-    first: int,
-) -> None:
-    log.text("recipe", dump(recipe))
-    size = sum(p.numel() for p in setting.lm.hf.parameters())
-    where = f"{world.size} process{'es' if world.size > 1 else ''} on {world.device.type}"
-    log.say(f"{recipe.model.path}: {size / 1e6:.1f} M parameters in {recipe.model.dtype}, {where}")
-    log.say(f"{train} training problems, {heldout} held out, {len(setting.pool)} kept as few-shot examples")
-    log.say(f"meta-gradient: {setting.engine}, K = {recipe.inner.steps} ({setting.why})")
-    if run.start is not None:
-        log.say(f"continuing {run.start} at step {first}")
-    for line in run.changed:
-        log.warn(f"changed since this run began: {line}")
-    for name in run.aside:
-        log.warn(f"set aside: {name}")
-
-
-def peak_gb() -> float:
-    """Most memory held so far, GB: of the device where there is one, else resident memory of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
 def _rate(recipe: Recipe, log_lr: Mapping[str, Tensor]) -> float:

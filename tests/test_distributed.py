@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mass import distributed
-from mass.distributed import Outer
+from mass.engine import Outer
 
 STAGES = (0, 1, 2, 3)
 LR = {"policy": 1e-2, "scorer": 1e-1, "inner_lr": 3e-2}
