@@ -5,6 +5,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -27,10 +28,10 @@ class World:
         return self.rank == 0
 
 
-def start(device: str = "auto") -> World:
+def start(device: str = "auto", patience: float = 600.0) -> World:
     """Join the process group (of one, when no launcher made more) and take this process's device.
 
-    Works under `deepspeed`, `torchrun` and plain `python`. On CPU the backend is gloo.
+    `patience`: seconds; no collective waits longer for a rank than this and a minute. Works under `deepspeed`, `torchrun` and plain `python`. On CPU the backend is gloo.
     """
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -52,7 +53,11 @@ def start(device: str = "auto") -> World:
     if on_cuda:
         torch.cuda.set_device(chosen)
     if not dist.is_initialized():
-        deepspeed.init_distributed(dist_backend="nccl" if on_cuda else "gloo", verbose=False)
+        deepspeed.init_distributed(
+            dist_backend="nccl" if on_cuda else "gloo",
+            timeout=timedelta(seconds=patience + 60),
+            verbose=False,
+        )
     return World(dist.get_rank(), dist.get_world_size(), chosen)
 
 

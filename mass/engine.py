@@ -5,14 +5,99 @@ gradients are made elsewhere, exactly; the bag's `forward` returns <parameter, g
 engine those gradients, and reduction, sharding, clipping and the optimizer step are DeepSpeed's own at every stage.
 """
 
+import json
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from mass.distributed import mean_over_ranks
+from mass.errors import MassError
+
+# What a user's file may not switch on, and what does it here. The optimizer must be the one whose state is saved.
+FOREIGN = {
+    "optimizer": "outer.lr_policy, outer.lr_scorer and outer.lr_inner",
+    "scheduler": "outer.warmup",
+    "fp16.enabled": "fp32 outer parameters, always",
+    "bf16.enabled": "fp32 outer parameters, always (model.dtype is the base's)",
+    "amp.enabled": "fp32 outer parameters, always",
+    "zero_optimization.offload_param": "zero.offload, which moves the optimizer only",
+}
+# our settings by the recipe key they come from
+SOURCE = {
+    "gradient_clipping": "outer.clip_grad",
+    "zero_optimization.stage": "zero.stage",
+    "zero_optimization.offload_optimizer": "zero.offload",
+    "gradient_accumulation_steps": "outer.tasks_at_once",
+    "train_micro_batch_size_per_gpu": "outer.tasks",
+    "train_batch_size": "the number of processes",
+}
+
+
+def settings(stage: int, clip: float, offload: bool = False) -> dict[str, Any]:
+    """The DeepSpeed configuration that the recipe stands for. The engine sees one ready gradient a step."""
+    # At stage 3 DeepSpeed would put a linear without forward mode in the place of torch's, for the whole process.
+    zero: dict[str, Any] = {"stage": stage, "memory_efficient_linear": False}
+    if offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": clip,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+
+
+def merge(path: str, ours: Mapping[str, Any], world: int) -> dict[str, Any]:
+    """A user's own DeepSpeed JSON with our settings in it. "auto" is a value that agrees with everything.
+
+    Raises one MassError that names every entry which contradicts the recipe.
+    """
+    try:
+        theirs = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise MassError(f"zero.config={path}: cannot be read as JSON ({error})") from None
+    if not isinstance(theirs, dict):
+        raise MassError(f"zero.config={path}: a DeepSpeed configuration is a JSON object")
+    has = _flat(theirs)
+    wants = _flat(ours) | {"train_batch_size": world}
+    wants.setdefault("zero_optimization.offload_optimizer.device", "none")
+    faults = []
+    for name, value in has.items():
+        if name in wants and value not in ("auto", wants[name]):
+            source = next((key for start, key in SOURCE.items() if name.startswith(start)), "mass itself")
+            faults.append(f"{name}={json.dumps(value)}, where {source} stands for {json.dumps(wants[name])}")
+        for start, key in FOREIGN.items():
+            if (name == start or name.startswith(f"{start}.")) and value not in (False, None, "auto", "none"):
+                faults.append(f"{name}={json.dumps(value)}, which belongs to {key}")
+    if faults:
+        lines = "\n  ".join(faults)
+        raise MassError(
+            f"zero.config={path} contradicts the recipe. Remove these, or change the keys:\n  {lines}"
+        )
+    return _within(theirs, ours) | {"train_batch_size": world}
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return out
+
+
+def _within(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
+    """Both trees; ours where both have a value."""
+    out = {key: value for key, value in theirs.items() if value != "auto"}
+    for key, value in ours.items():
+        out[key] = _within(theirs.get(key) or {}, value) if isinstance(value, dict) else value
+    return out
 
 
 class Bag(nn.Module):
@@ -41,13 +126,12 @@ class Outer:
         self,
         groups: Mapping[str, Mapping[str, Tensor]],
         lr: Mapping[str, float],
+        config: dict[str, Any],
         *,
-        stage: int,
-        clip: float,
         warmup: int,
         device: torch.device,
     ) -> None:
-        """`groups`: name -> its tensors; `lr`: one learning rate a group; `warmup`: outer steps of linear warm-up."""
+        """`groups`: name -> its tensors; `lr`: one learning rate a group; `config`: of `settings`; `warmup`: outer steps of linear warm-up."""
         import deepspeed
 
         self.lr, self.warmup, self.step_count = dict(lr), warmup, 0
@@ -62,15 +146,6 @@ class Outer:
             if tensors
         ]
         optimizer = torch.optim.AdamW(params, betas=(0.9, 0.999), weight_decay=0.0)
-        config = {
-            "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": 1,
-            "gradient_clipping": clip,
-            # At stage 3 DeepSpeed would put a linear without forward mode in the place of torch's, for the whole process.
-            "zero_optimization": {"stage": stage, "memory_efficient_linear": False},
-            "zero_allow_untested_optimizer": True,
-            "steps_per_print": 10**9,
-        }
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.engine, self.optimizer, _, _ = deepspeed.initialize(

@@ -1,6 +1,7 @@
-"""Meta-training: one loop, read from top to bottom in `train`.
+"""Meta-training: one loop, read from top to bottom in `_train`.
 
 Each outer step: T tasks a rank -> `episode.run` makes the gradients of the outer parameters -> one DeepSpeed step.
+`--plan` or `--plan=8x80` (ranks x GB of each) prints memory, work and traffic of a step, and stops; no model is loaded.
 """
 
 import math
@@ -16,7 +17,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mass import blocks, checkpoint, distributed, episode, lora, memory, report, scorer, state
+from mass import (
+    accumulate,
+    blocks,
+    checkpoint,
+    distributed,
+    engine,
+    episode,
+    lora,
+    memory,
+    plan,
+    report,
+    scorer,
+    state,
+)
 from mass.batch import Sequence, pack
 from mass.checkpoint import Run
 from mass.distributed import World
@@ -32,15 +46,19 @@ from mass.problems import Cursor, Task, draw_pool, load_tasks, split_tasks
 from mass.prompts import Prompts, make_prompts
 from mass.recipe import Recipe, command_line, dump
 from mass.rewards import Verifier, require
-
-# Metrics that add up over ranks; the others are means over ranks, as they are means over tasks.
-SUMS = ("tokens/", "verifier/failures")
+from mass.watchdog import Watchdog, watching
 
 
 def main(argv: list[str] | None = None) -> None:
-    """`mass-train RECIPE [KEY=VALUE ...]`, and what `deepspeed launch/meta_train.py` runs. Exits 0, or 2 on user errors."""
-    recipe = command_line(argv, "mass-train", __doc__ or "")
+    """`mass-train RECIPE [KEY=VALUE ...]`, and what `deepspeed launch/meta_train.py` runs. Exits 0, 2 on user errors, 3 when
+    another rank ended or stalled the run."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    wanted = [word for word in words if word == "--plan" or word.startswith("--plan=")]
+    recipe = command_line([word for word in words if word not in wanted], "mass-train", __doc__ or "")
     try:
+        if wanted:
+            print(plan.report(recipe, *plan.machines(wanted[-1])))
+            return
         train(recipe)
     except MassError as error:
         if os.environ.get("RANK", "0") == "0" or not dist.is_initialized():
@@ -55,7 +73,13 @@ def train(recipe: Recipe) -> None:
     """Run (or continue) the recipe's meta-training to its last outer step, or to SIGINT / SIGTERM."""
     torch.set_num_threads(recipe.run.threads)
     torch.manual_seed(recipe.run.seed)
-    world = distributed.start(recipe.model.device)
+    world = distributed.start(recipe.model.device, recipe.run.patience)
+    with watching(world.rank, world.size, recipe.run.patience) as watch:
+        _train(recipe, world, watch)
+
+
+def _train(recipe: Recipe, world: World, watch: Watchdog) -> None:
+    deepspeed_config(recipe, world)  # its errors come before the model is loaded
     run = _open(recipe, world)
     train_tasks, heldout, pool = _tasks(recipe)
     saved_engine = checkpoint.read_meta(run.start)["extra"]["engine"] if run.start else None
@@ -84,6 +108,7 @@ def train(recipe: Recipe) -> None:
     )
     report.introduce(log, recipe, run, setting, world, len(train_tasks), len(heldout), first)
     stop = _Stop()
+    watch.armed = True
     in_a_row = 0
     saved = first
 
@@ -116,7 +141,16 @@ def train(recipe: Recipe) -> None:
 
         tasks = cursor.next(recipe.outer.tasks, world.rank, world.size)
         show = recipe.log.samples_every and step % recipe.log.samples_every == 0
-        result = episode.run(setting, tasks, step, policy, eta, log_lr, show=1 if show else 0)
+        result = accumulate.run(
+            setting,
+            tasks,
+            step,
+            policy,
+            eta,
+            log_lr,
+            at_once=recipe.outer.tasks_at_once,
+            show=1 if show else 0,
+        )
         rates = {group: outer.learning_rate(group) for group in ("policy", "scorer")}
         applied, norms = outer.step(result.gradients)
         in_a_row = 0 if applied else in_a_row + 1
@@ -238,6 +272,7 @@ def _choose(
     asked = max((len(prompts.solve(task.problem.text)) for task in pool), default=64)
     example = Sequence([pad] * (asked + r.generate.max_new_tokens), asked)
     answer = Sequence([pad] * (asked + r.generate.answer_tokens), asked)
+    T = min(r.outer.tasks, r.outer.tasks_at_once or r.outer.tasks)
     rollouts = r.outer.rollouts if r.outer.loss == "verifier" else 1
     chosen: list[Any] = [None]
     if world.main:
@@ -245,8 +280,8 @@ def _choose(
             lm.hf,
             parts,
             lora.LoraShape(r.lora.rank, r.lora.alpha, tuple(r.lora.targets)),
-            pack([[example] * r.generate.examples] * r.outer.tasks, pad),
-            pack([[answer] * rollouts] * r.outer.tasks, pad, share=blocks.attends_fully(lm.hf)),
+            pack([[example] * r.generate.examples] * T, pad),
+            pack([[answer] * rollouts] * T, pad, share=blocks.attends_fully(lm.hf)),
             steps=r.inner.steps,
             memory_gb=r.meta_gradient.memory_gb,
             ranks=world.size if world.device.type == "cpu" else 1,
@@ -272,7 +307,15 @@ def _outer(recipe: Recipe, setting: Setting, world: World) -> Outer:
     }
     o = recipe.outer
     lr = {"policy": o.lr_policy, "scorer": o.lr_scorer, "inner_lr": o.lr_inner}
-    return Outer(groups, lr, stage=recipe.zero.stage, clip=o.clip_grad, warmup=o.warmup, device=world.device)
+    config = deepspeed_config(recipe, world)
+    return Outer(groups, lr, config, warmup=o.warmup, device=world.device)
+
+
+def deepspeed_config(recipe: Recipe, world: World) -> dict[str, Any]:
+    """What DeepSpeed is told: the recipe's settings, and around them the user's own file (zero.config)."""
+    z = recipe.zero
+    ours = engine.settings(z.stage, recipe.outer.clip_grad, z.offload)
+    return engine.merge(z.config, ours, world.size) if z.config else ours
 
 
 def _evaluate(
@@ -314,7 +357,7 @@ def _reduce(metrics: Mapping[str, float]) -> dict[str, float]:
     out = {}
     for i, key in enumerate(keys):
         known = total[len(keys) + i]
-        out[key] = total[i] if key.startswith(SUMS) else total[i] / known if known else math.nan
+        out[key] = total[i] if key.startswith(accumulate.SUMS) else total[i] / known if known else math.nan
     return out
 
 
