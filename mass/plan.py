@@ -52,12 +52,13 @@ def make(recipe: Recipe, ranks: int) -> Plan:
         hf = AutoModelForCausalLM.from_config(config, dtype=DTYPES[r.model.dtype], attn_implementation="sdpa")
     hf = hf.eval().requires_grad_(False)
     base = _bytes(hf)
+    head = hf.get_output_embeddings().weight
+    linear = sum(x.weight.numel() for x in hf.modules() if isinstance(x, torch.nn.Linear)) - head.numel()
     shape = LoraShape(r.lora.rank, r.lora.alpha, tuple(r.lora.targets))
     layers = lora.attach(hf, shape)
     parts = blocks.find(hf, layers)
     block = max(_bytes(one) for one in parts.blocks)
     text = config.get_text_config()
-    head = hf.get_output_embeddings().weight
     adapter = sum((x.weight.shape[0] + x.weight.shape[1]) * shape.rank for x in layers.values())
     sharded = r.zero.stage == 3 and ranks > 1
     outer = _outer_bytes(adapter, r.zero.stage, ranks, r.zero.offload)
@@ -90,7 +91,7 @@ def make(recipe: Recipe, ranks: int) -> Plan:
         "KV cache": column * (rows * max(new, answer) + min(rows, T) * PROMPT),
         "logits": rows * head.shape[0] * 4,
     }
-    flops = _flops(r, sum(x.weight.numel() for x in layers.values()), head.numel())
+    flops = _flops(r, linear, head.numel())
     sent = {"gradients": 2 * 4.0 * adapter * 2 * (ranks - 1) / ranks}
     if sharded:
         T_parts = -(-r.outer.tasks // T)
@@ -166,8 +167,14 @@ def _flops(r: Recipe, linear: int, head: int) -> dict[str, float]:
 def _advice(r: Recipe, plan: Plan, ranks: int, limit: float) -> list[str]:
     fixed = sum(plan.parts.values())
     fitting = [name for name in plan.engines if plan.total(name) <= limit]
+    exact = [name for name in fitting if name != "finite_difference"]
+    if exact:
+        return [f"The fastest exact engine that fits: {exact[0]}."]
     if fitting:
-        return [f"The fastest that fits: {fitting[0]}. meta_gradient.mode=auto would take an exact one."]
+        return [
+            "No exact engine fits: lower outer.tasks_at_once, generate.examples or generate.max_new_tokens, "
+            "or take meta_gradient.mode=finite_difference."
+        ]
     lines = ["Nothing fits."]
     if r.zero.stage < 3 and ranks > 1 and fixed > limit / 2:
         lines.append("zero.stage=3 shards the base.")
