@@ -25,6 +25,9 @@ from mass.lora import Adapter, Layers, using
 _NORMS = ("norm", "final_layer_norm", "ln_f", "final_layernorm")
 
 
+_WAY_OUT = "meta_gradient.mode=reverse and meta_gradient.mode=finite_difference work without them."
+
+
 @dataclass(frozen=True)
 class Split:
     """Where a decoder's parts are. `prefix[i]` is the module path of block i, with a dot at its end."""
@@ -48,8 +51,17 @@ def split(hf: PreTrainedModel, layers: Layers) -> Split:
     """Find the blocks of a decoder. Raises MassError, naming the engines that need no split, when they are not found
     or when driving them by hand does not give the model's own hidden states.
     """
+    found = find(hf, layers)
+    if not _agrees(found):
+        raise MassError(
+            f"{type(hf).__name__}: its blocks driven one by one do not give its own hidden states. {_WAY_OUT}"
+        )
+    return found
+
+
+def find(hf: PreTrainedModel, layers: Layers) -> Split:
+    """`split` without driving the blocks: also for a model without numbers."""
     kind = type(hf).__name__
-    way_out = "meta_gradient.mode=reverse and meta_gradient.mode=finite_difference work without them."
     count = getattr(hf.config.get_text_config(), "num_hidden_layers", None)
     body: PreTrainedModel = hf.base_model  # type: ignore[assignment]
     for name, module in body.named_modules():
@@ -58,15 +70,10 @@ def split(hf: PreTrainedModel, layers: Layers) -> Split:
             norms = [getattr(owner, n) for n in _NORMS if isinstance(getattr(owner, n, None), nn.Module)]
             if len(norms) == 1:
                 path = f"{hf.base_model_prefix}.{name}" if hf.base_model_prefix and body is not hf else name
-                found = Split(
+                return Split(
                     body, list(module), [f"{path}.{i}." for i in range(len(module))], norms[0], layers
                 )
-                break
-    else:
-        raise MassError(f"{kind}: no list of {count} decoder blocks followed by a norm was found. {way_out}")
-    if not _agrees(found):
-        raise MassError(f"{kind}: its blocks driven one by one do not give its own hidden states. {way_out}")
-    return found
+    raise MassError(f"{kind}: no list of {count} decoder blocks followed by a norm was found. {_WAY_OUT}")
 
 
 def attends_fully(hf: PreTrainedModel) -> bool:

@@ -130,6 +130,21 @@ def load(
     return hf.eval().requires_grad_(False), tokenizer
 
 
+def read_config(path: str, dtype: str, cache: str | Path | None = None) -> Any:
+    """The Hugging Face config of what `load` would load; no weights (a GGUF file is converted on first use)."""
+    if path.startswith("tiny:"):
+        return tiny(path.removeprefix("tiny:"))[0].config
+    source = str(_converted(path, dtype, cache)) if path.startswith("package:") else _folder_or_hub_id(path)
+    try:
+        config = AutoConfig.from_pretrained(
+            source, trust_remote_code=False, local_files_only=os.path.isdir(source)
+        )
+    except (OSError, ValueError) as error:
+        raise MassError(_why_not(path, os.path.isdir(source), error)) from error
+    _check_causal(config, path)
+    return config
+
+
 def find_device(device: str | torch.device) -> torch.device:
     """`auto`: the current accelerator, else the CPU. Anything else is a torch device by name."""
     if device == "auto":

@@ -16,7 +16,7 @@ import textwrap
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from omegaconf import OmegaConf
@@ -255,13 +255,24 @@ def _training_contradictions(r: Recipe) -> Iterator[tuple[str, str]]:
             "outer.loss=verifier with outer.rollouts=1: an answer's advantage is its reward against the others of its "
             "task, so it would always be 0. Use outer.rollouts=2 or more, or outer.loss=gold.",
         )
+    if r.zero.offload and r.zero.stage == 0:
+        text = "zero.offload=true with zero.stage=0: DeepSpeed offloads a sharded optimizer only"
+        yield "zero.offload zero.stage", f"{text}. Use zero.stage=1 or more, or zero.offload=false."
     if r.outer.lr_policy == r.outer.lr_scorer == 0 and r.inner.learned_lr == "no":
         text = "outer.lr_policy=0 and outer.lr_scorer=0: nothing would be learned. Raise one of them."
         yield "outer.lr_policy outer.lr_scorer inner.learned_lr", text
 
 
-def command_line(argv: Sequence[str] | None, prog: str, description: str) -> tuple[Recipe, int]:
-    """The recipe that a command line names, and how many tasks --probe is to look at (0: it was not asked for).
+class Order(NamedTuple):
+    """What a command line asks for: `probe`: how many tasks to look at (0: not asked for); `plan`: the machines to plan for."""
+
+    recipe: Recipe
+    probe: int
+    plan: str | None
+
+
+def command_line(argv: Sequence[str] | None, prog: str, description: str) -> Order:
+    """The recipe that a command line names, and what to do with it.
 
     Prints and exits: --help and --cfg with 0, errors with 2.
     """
@@ -286,6 +297,13 @@ def command_line(argv: Sequence[str] | None, prog: str, description: str) -> tup
         default=0,
         help="look at credit, features and inner.lr on so many tasks (64), and stop",
     )
+    parser.add_argument(
+        "--plan",
+        metavar="RANKSxGB",
+        nargs="?",
+        const="1",
+        help="print memory, work and traffic of a step on such machines (8x80: 8 ranks of 80 GB), and stop; no weights are loaded",
+    )
     # the deepspeed launcher adds it; the environment says the same
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     known, unknown = parser.parse_known_intermixed_args(argv)
@@ -301,7 +319,7 @@ def command_line(argv: Sequence[str] | None, prog: str, description: str) -> tup
         if speaks:
             print(dump(recipe), end="")
         sys.exit(0)
-    return recipe, known.probe
+    return Order(recipe, known.probe, known.plan)
 
 
 def _sections() -> Iterator[tuple[str, str, list[Key]]]:

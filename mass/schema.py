@@ -36,6 +36,7 @@ class Run:
     folder: str = _key("checkpoints", "folder of all runs")
     seed: int = _key(0, "everything random follows from it", ge=0)
     resume: str = _key("no", "no; auto: go on from the newest step if there is one; or a step folder")
+    patience: float = _key(600.0, "seconds that ranks wait for one that computes longer than they", ge=10)
     threads: int = _key(1, "CPU threads of a process; more are slow where cores are shared", ge=1)
 
 
@@ -158,6 +159,9 @@ class Outer:
     loss: Literal["gold", "verifier"] = _key(
         "gold", "of the reference solution, or of sampled answers' rewards"
     )
+    tasks_at_once: int | None = _key(
+        None, "tasks worked at once, for memory; the step is the same; null = all of outer.tasks", ge=1
+    )
     rollouts: int = _key(8, "sampled answers of a task, verifier loss only (G)", ge=1)
     lr_policy: float = _key(3e-5, "learning rate of the policy adapter; 0 = keep it", ge=0)
     lr_scorer: float = _key(1e-3, "learning rate of the scorer; 0 = keep it", ge=0)
@@ -178,6 +182,8 @@ class Outer:
 @dataclass(frozen=True)
 class Zero:
     stage: int = _key(0, "DeepSpeed ZeRO stage of the outer parameters", ge=0, le=3)
+    offload: bool = _key(False, "keep the outer optimizer's state in main memory; from stage 1 on")
+    config: str | None = _key(None, "a DeepSpeed JSON file of yours; what contradicts the recipe is refused")
 
 
 @dataclass(frozen=True)

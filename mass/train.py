@@ -1,12 +1,10 @@
-"""Meta-training: one loop, read from top to bottom in `train`.
+"""Meta-training: one loop, read from top to bottom in `_train`.
 
 Each outer step: T tasks a rank -> `episode.run` makes the gradients of the outer parameters -> one DeepSpeed step.
 """
 
-import json
 import math
 import os
-import resource
 import signal
 import sys
 import time
@@ -18,37 +16,53 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mass import blocks, checkpoint, distributed, episode, lora, memory, scorer
+from mass import (
+    accumulate,
+    blocks,
+    checkpoint,
+    distributed,
+    engine,
+    episode,
+    lora,
+    memory,
+    plan,
+    report,
+    scorer,
+    state,
+)
 from mass.batch import Sequence, pack
-from mass.checkpoint import Contents, Run
-from mass.distributed import Outer, World
-from mass.episode import Result, Setting
+from mass.checkpoint import Run
+from mass.distributed import World
+from mass.engine import Outer
+from mass.episode import Setting
 from mass.errors import MassError
 from mass.forward import check_model
 from mass.heldout import evaluate
-from mass.log import RunLog, SampleRow, SampleTable, write_atomic
+from mass.log import RunLog
 from mass.model import LanguageModel, load
 from mass.optimizers import Rule
 from mass.probe import probe
 from mass.problems import Cursor, Task, draw_pool, load_tasks, split_tasks
 from mass.prompts import Prompts, make_prompts
 from mass.recipe import Recipe, command_line, dump
-from mass.rewards import Verifier, find_answer, require
+from mass.rewards import Verifier, require
+from mass.watchdog import Watchdog, watching
 
-# Metrics that add up over ranks; the others are means over ranks, as they are means over tasks.
-SUMS = ("tokens/", "verifier/failures")
 # these are left out where no rank has a value: most problems have no truth to hold an example against
 KNOWN = ("scorer/auc", "credit/auc", "generator/right")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """`mass-train RECIPE [KEY=VALUE ...]`, and what `deepspeed launch/meta_train.py` runs. Exits 0, or 2 on user errors."""
-    recipe, tasks = command_line(argv, "mass-train", __doc__ or "")
+    """`mass-train RECIPE [KEY=VALUE ...]`, and what `deepspeed launch/meta_train.py` runs. Exits 0, 2 on user errors, 3 when
+    another rank ended or stalled the run."""
+    order = command_line(argv, "mass-train", __doc__ or "")
     try:
-        if tasks:
-            look(recipe, tasks)
+        if order.plan is not None:
+            print(plan.report(order.recipe, *plan.machines(order.plan)))
+        elif order.probe:
+            look(order.recipe, order.probe)
         else:
-            train(recipe)
+            train(order.recipe)
     except MassError as error:
         if os.environ.get("RANK", "0") == "0" or not dist.is_initialized():
             print(f"mass-train: {error}", file=sys.stderr, flush=True)
@@ -62,7 +76,13 @@ def train(recipe: Recipe) -> None:
     """Run (or continue) the recipe's meta-training to its last outer step, or to SIGINT / SIGTERM."""
     torch.set_num_threads(recipe.run.threads)
     torch.manual_seed(recipe.run.seed)
-    world = distributed.start(recipe.model.device)
+    world = distributed.start(recipe.model.device, recipe.run.patience)
+    with watching(world.rank, world.size, recipe.run.patience) as watch:
+        _train(recipe, world, watch)
+
+
+def _train(recipe: Recipe, world: World, watch: Watchdog) -> None:
+    deepspeed_config(recipe, world)  # its errors come before the model is loaded
     run = _open(recipe, world)
     train_tasks, heldout, pool = _tasks(recipe)
     saved_engine = checkpoint.read_meta(run.start)["extra"]["engine"] if run.start else None
@@ -81,7 +101,7 @@ def train(recipe: Recipe) -> None:
             raise MassError(
                 f"outer.steps={recipe.outer.steps}: {run.start} is at step {first} already. Raise outer.steps"
             )
-        _restore(outer, contents, world)
+        state.restore(outer, contents, world)
     log = RunLog(
         run.folder,
         rank=world.rank,
@@ -89,8 +109,9 @@ def train(recipe: Recipe) -> None:
         tensorboard=recipe.log.tensorboard,
         start_step=first,
     )
-    _introduce(log, recipe, run, setting, world, len(train_tasks), len(heldout), first)
+    report.introduce(log, recipe, run, setting, world, len(train_tasks), len(heldout), first)
     stop = _Stop()
+    watch.armed = True
     in_a_row = 0
     saved = first
 
@@ -120,7 +141,7 @@ def train(recipe: Recipe) -> None:
 
         if step > saved and (done or leaving or step % recipe.save.every == 0):
             before = time.perf_counter()
-            _save(run, recipe, setting, outer, cursor, step, skipped, fingerprint, world)
+            state.save(run, recipe, setting, outer, cursor, step, skipped, fingerprint, world)
             metrics["time/save"] = time.perf_counter() - before
             saved = step
 
@@ -131,7 +152,16 @@ def train(recipe: Recipe) -> None:
 
         tasks = cursor.next(recipe.outer.tasks, world.rank, world.size)
         show = recipe.log.samples_every and step % recipe.log.samples_every == 0
-        result = episode.run(setting, tasks, step, policy, eta, log_lr, show=1 if show else 0)
+        result = accumulate.run(
+            setting,
+            tasks,
+            step,
+            policy,
+            eta,
+            log_lr,
+            at_once=recipe.outer.tasks_at_once,
+            show=1 if show else 0,
+        )
         rates = {group: outer.learning_rate(group) for group in ("policy", "scorer")}
         applied, norms = outer.step(result.gradients)
         in_a_row = 0 if applied else in_a_row + 1
@@ -145,11 +175,13 @@ def train(recipe: Recipe) -> None:
             "meta/skipped_steps": skipped,
             "inner/lr": _rate(recipe, log_lr),
         }
-        metrics |= {f"outer/lr_{group}": lr for group, lr in rates.items()} | {"memory/peak_gb": peak_gb()}
+        metrics |= {f"outer/lr_{group}": lr for group, lr in rates.items()} | {
+            "memory/peak_gb": report.peak_gb()
+        }
         log.scalars(step, metrics)
         log.line(step, metrics)
         if show:
-            log.samples(step, [_table(tasks[0], result)])
+            log.samples(step, [report.table(tasks[0], result)])
         if in_a_row >= recipe.outer.max_skipped:
             good = checkpoint.newest_good(run.folder)
             raise MassError(
@@ -286,6 +318,7 @@ def _choose(
     asked = max((len(prompts.solve(task.problem.text)) for task in pool), default=64)
     example = Sequence([pad] * (asked + r.generate.max_new_tokens), asked)
     answer = Sequence([pad] * (asked + r.generate.answer_tokens), asked)
+    T = min(r.outer.tasks, r.outer.tasks_at_once or r.outer.tasks)
     rollouts = r.outer.rollouts if r.outer.loss == "verifier" else 1
     chosen: list[Any] = [None]
     if world.main:
@@ -293,8 +326,8 @@ def _choose(
             lm.hf,
             parts,
             lora.LoraShape(r.lora.rank, r.lora.alpha, tuple(r.lora.targets)),
-            pack([[example] * r.generate.examples] * r.outer.tasks, pad),
-            pack([[answer] * rollouts] * r.outer.tasks, pad, share=blocks.attends_fully(lm.hf)),
+            pack([[example] * r.generate.examples] * T, pad),
+            pack([[answer] * rollouts] * T, pad, share=blocks.attends_fully(lm.hf)),
             steps=r.inner.steps,
             memory_gb=r.meta_gradient.memory_gb,
             ranks=world.size if world.device.type == "cpu" else 1,
@@ -320,80 +353,15 @@ def _outer(recipe: Recipe, setting: Setting, world: World) -> Outer:
     }
     o = recipe.outer
     lr = {"policy": o.lr_policy, "scorer": o.lr_scorer, "inner_lr": o.lr_inner}
-    return Outer(groups, lr, stage=recipe.zero.stage, clip=o.clip_grad, warmup=o.warmup, device=world.device)
+    config = deepspeed_config(recipe, world)
+    return Outer(groups, lr, config, warmup=o.warmup, device=world.device)
 
 
-def _save(
-    run: Run,
-    recipe: Recipe,
-    setting: Setting,
-    outer: Outer,
-    cursor: Cursor,
-    step: int,
-    skipped: int,
-    fingerprint: str,
-    world: World,
-) -> None:
-    """Collect the state of all ranks; rank 0 writes it, and what it could not write is every rank's error."""
-    state = outer.state()
-    log_lr = outer.values("inner_lr")
-    state |= {f"value:inner_lr/{name}": x for name, x in log_lr.items()}
-    policy, eta = outer.values("policy"), outer.values("scorer")
-    rng = distributed.gather_bytes(torch.get_rng_state())
-    failure: list[Any] = [None]
-    if world.main:
-        assert setting.lm.shape is not None
-        contents = Contents(
-            policy=policy,
-            shape=setting.lm.shape,
-            base_name=setting.lm.name,
-            scorer={key: x.cpu() for key, x in eta.items()},
-            optimizer={key: x.cpu() for key, x in state.items()},
-            rng=rng,
-            meta={
-                "step": step,
-                "cursor": cursor.state(),
-                "skipped": skipped,
-                "world": world.size,
-                "fingerprint": fingerprint,
-                "extra": {
-                    "inner_lr": {name: x.exp().item() for name, x in log_lr.items()},
-                    "engine": [setting.engine, setting.recompute, setting.checkpoint],
-                },
-            },
-        )
-        try:
-            shots = run.folder / "shots.jsonl"
-            if not shots.exists():
-                write_atomic(shots, "".join(map(_shot, setting.pool)))
-            checkpoint.save(run, step, contents, recipe.save.keep)
-        except (MassError, OSError) as error:
-            failure = [
-                error if isinstance(error, MassError) else MassError(f"saving to {run.folder}: {error}")
-            ]
-    if world.size > 1:
-        dist.broadcast_object_list(failure)
-    if failure[0] is not None:
-        raise failure[0]
-
-
-def _shot(task: Task) -> str:
-    row = {
-        "id": task.problem.id,
-        "problem": task.problem.text,
-        "solution": task.solution,
-        "answer": task.answer,
-    }
-    return json.dumps(row | {"source": task.source}, ensure_ascii=False) + "\n"
-
-
-def _restore(outer: Outer, contents: Contents, world: World) -> None:
-    prefix = "value:inner_lr/"
-    log_lr = {key.removeprefix(prefix): x for key, x in contents.optimizer.items() if key.startswith(prefix)}
-    groups = {"policy": contents.policy, "scorer": contents.scorer, "inner_lr": log_lr}
-    outer.load(groups, contents.optimizer)
-    if world.size == len(contents.rng):
-        torch.set_rng_state(contents.rng[world.rank].cpu())
+def deepspeed_config(recipe: Recipe, world: World) -> dict[str, Any]:
+    """What DeepSpeed is told: the recipe's settings, and around them the user's own file (zero.config)."""
+    z = recipe.zero
+    ours = engine.settings(z.stage, recipe.outer.clip_grad, z.offload)
+    return engine.merge(z.config, ours, world.size) if z.config else ours
 
 
 def _reduce(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -407,53 +375,8 @@ def _reduce(metrics: Mapping[str, float]) -> dict[str, float]:
         known = total[len(keys) + i]
         if not known and key in KNOWN:
             continue
-        out[key] = total[i] if key.startswith(SUMS) else total[i] / known if known else math.nan
+        out[key] = total[i] if key.startswith(accumulate.SUMS) else total[i] / known if known else math.nan
     return out
-
-
-def _table(task: Task, result: Result) -> SampleTable:
-    rows = [
-        SampleRow(e.problem, e.solution, e.valid, e.reason, weight, credit)
-        for e, weight, credit in zip(
-            result.practice.examples[0],
-            result.weight_TN[0].tolist(),
-            result.credit_TN[0].tolist(),
-            strict=True,
-        )
-    ]
-    before, after = (find_answer(texts[0]) if texts else None for texts in result.answers)
-    return SampleTable(task.problem.text, rows, task.problem.id, task.answer, before, after)
-
-
-def _introduce(
-    log: RunLog,
-    recipe: Recipe,
-    run: Run,
-    setting: Setting,
-    world: World,
-    train: int,
-    heldout: int,
-    first: int,
-) -> None:
-    log.text("recipe", dump(recipe))
-    size = sum(p.numel() for p in setting.lm.hf.parameters())
-    where = f"{world.size} process{'es' if world.size > 1 else ''} on {world.device.type}"
-    log.say(f"{recipe.model.path}: {size / 1e6:.1f} M parameters in {recipe.model.dtype}, {where}")
-    log.say(f"{train} training problems, {heldout} held out, {len(setting.pool)} kept as few-shot examples")
-    log.say(f"meta-gradient: {setting.engine}, K = {recipe.inner.steps} ({setting.why})")
-    if run.start is not None:
-        log.say(f"continuing {run.start} at step {first}")
-    for line in run.changed:
-        log.warn(f"changed since this run began: {line}")
-    for name in run.aside:
-        log.warn(f"set aside: {name}")
-
-
-def peak_gb() -> float:
-    """Most memory held so far, GB: of the device where there is one, else resident memory of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
 def _rate(recipe: Recipe, log_lr: Mapping[str, Tensor]) -> float:

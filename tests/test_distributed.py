@@ -1,5 +1,6 @@
 """The DeepSpeed engine over the outer parameters against torch.optim, at every ZeRO stage, on one and on two ranks."""
 
+import json
 import math
 import os
 from collections.abc import Iterator
@@ -13,11 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mass import distributed
-from mass.distributed import Outer
+from mass.engine import Outer, merge, settings
+from mass.errors import MassError
 
 STAGES = (0, 1, 2, 3)
 LR = {"policy": 1e-2, "scorer": 1e-1, "inner_lr": 3e-2}
 CLIP, WARMUP = 1.0, 2
+OFFLOAD = False
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +84,8 @@ def reference(
 
 
 def make(stage: int, world: distributed.World, tree: dict[str, dict[str, Tensor]] | None = None) -> Outer:
-    return Outer(tree or groups(), LR, stage=stage, clip=CLIP, warmup=WARMUP, device=world.device)
+    config = settings(stage, CLIP, offload=OFFLOAD)
+    return Outer(tree or groups(), LR, config, warmup=WARMUP, device=world.device)
 
 
 def values(outer: Outer) -> dict[str, Tensor]:
@@ -176,6 +180,10 @@ def on_each_rank(folder: str) -> None:
         skips_what_is_not_finite(outer, world, float("nan") if stage % 2 else float("inf"))
         goes_on_from_its_state(outer, stage, world)
     steps_as_torch_optim(2, world, rates=False)
+    global OFFLOAD
+    OFFLOAD = True
+    for stage in STAGES[1:]:
+        goes_on_from_its_state(steps_as_torch_optim(stage, world, rates=True), stage, world)
     distributed.stop()
 
 
@@ -252,6 +260,38 @@ def test_a_rank_whose_peer_has_died_fails_instead_of_waiting(ranks: Ranks, tmp_p
     done = ranks("test_distributed:one_of_another", str(tmp_path), world=2, limit=60)
     assert done.codes[1] == 7 and done.codes[0] not in (0, -9), done
     assert not (tmp_path / "went on").exists()
+
+
+def test_a_user_s_own_deepspeed_file(tmp_path: Path) -> None:
+    """All that contradicts the recipe in one message, "auto" and what the recipe does not speak of kept."""
+    path = tmp_path / "ds.json"
+    zero = {"stage": 3, "overlap_comm": True, "offload_optimizer": {"device": "cpu", "pin_memory": True}}
+    theirs = {"gradient_clipping": 5.0, "train_batch_size": 64, "optimizer": {"type": "Adam"}}
+    path.write_text(json.dumps(theirs | {"bf16": {"enabled": True}, "zero_optimization": zero}))
+    with pytest.raises(MassError) as caught:
+        merge(str(path), settings(1, CLIP), 2)
+    for words in (
+        "gradient_clipping=5.0, where outer.clip_grad stands for 1.0",
+        "train_batch_size=64, where the number of processes stands for 2",
+        "zero_optimization.stage=3, where zero.stage stands for 1",
+        'offload_optimizer.device="cpu", where zero.offload stands for "none"',
+        "optimizer.type=",
+        "bf16.enabled=true",
+    ):
+        assert words in str(caught.value), words
+    zero |= {"stage": "auto"}
+    path.write_text(
+        json.dumps({"gradient_clipping": "auto", "wall_clock_breakdown": False, "zero_optimization": zero})
+    )
+    merged = merge(str(path), settings(2, CLIP, offload=True), 2)
+    assert merged["gradient_clipping"] == CLIP and merged["wall_clock_breakdown"] is False
+    own = merged["zero_optimization"]
+    assert (
+        own["stage"] == 2 and own["overlap_comm"] is True and own["offload_optimizer"]["pin_memory"] is True
+    )
+    path.write_text("{")
+    with pytest.raises(MassError, match="zero.config=.*JSON"):
+        merge(str(path), settings(0, CLIP), 1)
 
 
 def test_a_process_by_itself_reduces_without_a_group() -> None:

@@ -325,17 +325,30 @@ def test_cfg_prints_the_resolved_recipe_and_stops(write, capsys):
 def test_the_launchers_local_rank_is_ignored(write, rank):
     path = write(NEEDED)
     # the deepspeed launcher puts it before the script's own arguments
-    assert command_line([*rank, str(path), "inner.steps=3"], "", "") == (load(path, ["inner.steps=3"]), 0)
+    assert command_line([*rank, str(path), "inner.steps=3"], "", "") == (
+        load(path, ["inner.steps=3"]),
+        0,
+        None,
+    )
 
 
-@pytest.mark.parametrize("words, tasks", [(["--probe"], 64), (["--probe", "8"], 8), ([], 0)])
-def test_probe_is_asked_for_with_a_number_of_tasks_or_without(write, words, tasks):
+@pytest.mark.parametrize(
+    "words, asked",
+    [
+        (["--probe"], (64, None)),
+        (["--probe", "8"], (8, None)),
+        ([], (0, None)),
+        (["--plan"], (0, "1")),
+        (["--plan=8x80"], (0, "8x80")),
+    ],
+)
+def test_probe_and_plan_are_asked_for_with_a_size_or_without(write, words, asked):
     path = write(NEEDED)
     assert command_line([str(path), "inner.steps=3", *words], "", "") == (
         load(path, ["inner.steps=3"]),
-        tasks,
+        *asked,
     )
-    assert command_line([str(path), *words, "--local_rank=0"], "", "") == (load(path), tasks)
+    assert command_line([str(path), *words, "--local_rank=0"], "", "") == (load(path), *asked)
 
 
 def test_a_faulty_recipe_exits_with_2_and_one_message(write, capsys, monkeypatch):

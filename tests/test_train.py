@@ -414,6 +414,41 @@ def test_n_steps_are_half_resume_half_bitwise(ranks: Ranks, recipe: Path, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
+def test_resume_at_other_sizes_and_stages(ranks: Ranks, recipe: Path, tmp_path: Path) -> None:
+    """Two ranks at stage 1, one at stage 3, two at stage 0: the loss curve and the parameters of one rank throughout.
+    That one works its tasks three at a time, so an outer step in parts (3 and 1 tasks) is compared as well.
+    """
+    own = [str(recipe), f"run.folder={tmp_path}", "save.every=1", "outer.loss=verifier"]
+    whole = [*own, "run.name=whole", "outer.tasks=4", "outer.steps=4"]
+    ranks(
+        "test_train:many", [whole, [*whole, "run.name=accumulated", "outer.tasks_at_once=3"]], limit=115
+    ).good()
+    moved = [*own, "run.name=moved", "run.resume=auto"]
+    for world, stage, steps in ((2, 1, 1), (1, 3, 2), (2, 0, 4)):
+        size = [f"outer.tasks={4 // world}", f"zero.stage={stage}", f"outer.steps={steps}"]
+        ranks("mass.train:main", [*moved, *size], world=world).good()
+    a, one = tensors(step_of(tmp_path / "whole", 4)), log_of(tmp_path / "whole")
+    assert all(x["reward/solve_after"] > 0 and x["tokens/generated"] > 0 for x in one[:4])
+    for name in ("moved", "accumulated"):
+        b, other = tensors(step_of(tmp_path / name, 4)), log_of(tmp_path / name)
+        for key in a:
+            moment = key.startswith(("optimizer m:", "optimizer v:"))
+            gap = (a[key].double() - b[key].double()).abs().max().item()
+            assert gap <= 1e-6 + 1e-3 * a[key].abs().max() * moment, (name, key, gap)
+        for x, y in zip(one[:4], other[:4], strict=True):
+            for tag in (
+                "meta/loss",
+                "meta/gain",
+                "generator/valid",
+                "reward/solve_after",
+                "scorer/grad_norm",
+            ):
+                assert mean_gap(x, y, tag) < 1e-3, (name, tag, x[tag], y[tag])
+            assert x["tokens/generated"] == y["tokens/generated"]
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
 def test_resuming_beyond_the_last_step_ends_without_a_traceback(
     ranks: Ranks, recipe: Path, tmp_path: Path
 ) -> None:

@@ -1,0 +1,62 @@
+"""An outer step in parts: as many tasks at once as memory takes, the same gradients as all at once.
+
+Every loss is a mean over tasks and no task sees another, so the step's gradient is the mean of the parts' gradients,
+weighted by their numbers of tasks. The parts are worked one after another and only sums are kept.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from mass import episode
+from mass.episode import Result, Setting
+from mass.lora import Adapter
+from mass.problems import Task
+
+# Metrics that add up over parts and ranks; the others are means over tasks.
+SUMS = ("tokens/", "verifier/failures")
+
+
+def run(
+    setting: Setting,
+    tasks: Sequence[Task],
+    step: int,
+    policy: Adapter,
+    eta: Mapping[str, Tensor],
+    log_lr: Mapping[str, Tensor],
+    *,
+    at_once: int | None,
+    show: int = 0,
+) -> Result:
+    """`episode.run` over `tasks`, `at_once` of them at a time (None: all). Practice, weights and answers are those of the
+    first part."""
+    n = at_once or len(tasks)
+    parts = [tasks[i : i + n] for i in range(0, len(tasks), n)]
+    whole = episode.run(setting, parts[0], step, policy, eta, log_lr, show=show)
+    if len(parts) == 1:
+        return whole
+    total = {key: g * len(parts[0]) for key, g in whole.gradients.items()}
+    metrics = [whole.metrics]
+    for part in parts[1:]:
+        other = episode.run(setting, part, step, policy, eta, log_lr)
+        for key, g in other.gradients.items():
+            total[key] += g * len(part)
+        for name, seconds in other.seconds.items():
+            whole.seconds[name] = whole.seconds.get(name, 0.0) + seconds
+        metrics.append(other.metrics)
+    whole.gradients = {key: g / len(tasks) for key, g in total.items()}
+    whole.metrics = _mean(metrics, [len(part) for part in parts])
+    return whole
+
+
+def _mean(metrics: Sequence[Mapping[str, float]], sizes: Sequence[int]) -> dict[str, float]:
+    """Over parts: sums of counts, means of the rest, by tasks, over the parts that have a value."""
+    out = {}
+    for key in metrics[0]:
+        known = [(m[key], n) for m, n in zip(metrics, sizes, strict=True) if math.isfinite(m[key])]
+        if key.startswith(SUMS):
+            out[key] = sum(x for x, _ in known)
+        else:
+            out[key] = sum(x * n for x, n in known) / sum(n for _, n in known) if known else math.nan
+    return out

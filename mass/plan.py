@@ -1,0 +1,187 @@
+"""What a recipe will take, before anything is loaded: memory of a rank by part, work and traffic of an outer step.
+
+Activations come from mass/memory.py, which runs the engines on tensors without numbers; all else is counted from the
+model's config. Lengths are the longest that the recipe allows: prompts of `PROMPT` tokens (problems are not read).
+"""
+
+import re
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from mass import blocks, lora, memory
+from mass.batch import Sequence, pack
+from mass.errors import MassError
+from mass.lora import LoraShape
+from mass.model import DTYPES, read_config
+from mass.optimizers import Rule
+from mass.recipe import Recipe
+
+PROMPT = 128
+# matrix products over those of a forward and a backward pass of each inner step, that pass included
+ENGINES: dict[str, tuple[memory.Engine, bool, bool, float]] = {
+    "reverse": ("reverse", False, False, 3.0),
+    "blockwise, kept": ("blockwise", False, False, 3.0),
+    "blockwise": ("blockwise", True, False, 4.0),
+    "blockwise, inner.checkpoint": ("blockwise", True, True, 4.5),
+    "finite_difference": ("finite_difference", False, False, 3.0),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes of a rank by part, by engine the bytes over the weights, and per outer step and rank FLOPs and bytes sent."""
+
+    parts: dict[str, int]
+    generating: dict[str, int]
+    engines: dict[str, memory.Peak]
+    flops: dict[str, float]
+    sent: dict[str, float]
+
+    def total(self, engine: str) -> int:
+        """Most bytes at one time: generation and gradients do not happen together."""
+        return sum(self.parts.values()) + max(sum(self.generating.values()), self.engines[engine].total)
+
+
+def make(recipe: Recipe, ranks: int) -> Plan:
+    """The plan for `ranks` processes. Takes seconds."""
+    r = recipe
+    config = read_config(r.model.path, r.model.dtype, r.model.cache)
+    with torch.device("meta"):
+        hf = AutoModelForCausalLM.from_config(config, dtype=DTYPES[r.model.dtype], attn_implementation="sdpa")
+    hf = hf.eval().requires_grad_(False)
+    base = _bytes(hf)
+    head = hf.get_output_embeddings().weight
+    linear = sum(x.weight.numel() for x in hf.modules() if isinstance(x, torch.nn.Linear)) - head.numel()
+    shape = LoraShape(r.lora.rank, r.lora.alpha, tuple(r.lora.targets))
+    layers = lora.attach(hf, shape)
+    parts = blocks.find(hf, layers)
+    block = max(_bytes(one) for one in parts.blocks)
+    text = config.get_text_config()
+    adapter = sum((x.weight.shape[0] + x.weight.shape[1]) * shape.rank for x in layers.values())
+    sharded = r.zero.stage == 3 and ranks > 1
+    outer = _outer_bytes(adapter, r.zero.stage, ranks, r.zero.offload)
+    memory_parts = {
+        "base shard" if sharded else "base": base // ranks if sharded else base,
+        # the one in use and the one that is fetched; or the head, gathered by itself
+        "gathered blocks": max(2 * block, head.nbytes) if sharded else 0,
+        "adapter, its gradient and optimizer": outer,
+    }
+    T = min(r.outer.tasks, r.outer.tasks_at_once or r.outer.tasks)
+    N, new, answer = r.generate.examples, r.generate.max_new_tokens, r.generate.answer_tokens
+    G = r.outer.rollouts if r.outer.loss == "verifier" else 1
+    i = r.inner
+    rule = Rule(i.optimizer, i.momentum, i.beta1, i.beta2, i.eps, i.eps_root, i.clip)
+    inner = pack([[Sequence([0] * (PROMPT + new), PROMPT)] * N] * T, 0)
+    last = pack([[Sequence([0] * (PROMPT + answer), PROMPT)] * G] * T, 0, share=blocks.attends_fully(hf))
+    peaks = {
+        name: memory.predict(
+            hf, parts, shape, inner, last, engine=engine, steps=i.steps, recompute=recompute,
+            checkpoint=again or i.checkpoint, rule=rule, need_init=r.outer.through_init,
+        )
+        for name, (engine, recompute, again, _) in ENGINES.items()
+    }  # fmt: skip
+    rows = min(r.generate.batch_rows, T * max(N, G))
+    kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    column = 2 * text.num_hidden_layers * kv_heads * width * head.element_size()
+    generating = {
+        # prompts once for the rows that share one
+        "KV cache": column * (rows * max(new, answer) + min(rows, T) * PROMPT),
+        "logits": rows * head.shape[0] * 4,
+    }
+    flops = _flops(r, linear, head.numel())
+    sent = {"gradients": 2 * 4.0 * adapter * 2 * (ranks - 1) / ranks}
+    if sharded:
+        T_parts = -(-r.outer.tasks // T)
+        passes = T_parts * (max(new, 1) + (answer * 2 if G > 1 else 0) + 5 * i.steps + 8)
+        sent["base, gathered"] = base * passes * (ranks - 1) / ranks
+    return Plan(memory_parts, generating, peaks, flops, sent)
+
+
+def report(recipe: Recipe, ranks: int, limit_gb: float | None) -> str:
+    """The plan as text; with `limit_gb` of a rank, what does not fit and which key mends it."""
+    plan = make(recipe, ranks)
+    lines = [f"{recipe.model.path}, {ranks} rank(s), zero.stage={recipe.zero.stage}. Of one rank, in GB:"]
+    for name, size in (plan.parts | plan.generating).items():
+        lines.append(f"  {name:38s}{size / 1e9:10.3f}")
+    lines.append(f"  {'engine':38s}{'activations':>12s}{'trajectory':>12s}{'in all':>10s}")
+    for name, peak in plan.engines.items():
+        total = plan.total(name) / 1e9
+        fits = "" if limit_gb is None else ("  fits" if total <= limit_gb else "  does not fit")
+        active = max(peak.first_order, peak.sweep) / 1e9
+        lines.append(f"  {name:38s}{active:12.3f}{peak.kept / 1e9:12.3f}{total:10.3f}{fits}")
+    lines.append("An outer step of one rank, in TFLOP:")
+    lines += [f"  {name:38s}{x / 1e12:10.3f}" for name, x in plan.flops.items()]
+    lines.append("Sent by one rank in an outer step, in GB:")
+    lines += [f"  {name:38s}{x / 1e9:10.3f}" for name, x in plan.sent.items()]
+    if limit_gb is not None:
+        lines += _advice(recipe, plan, ranks, limit_gb * 1e9)
+    return "\n".join(lines)
+
+
+def machines(word: str) -> tuple[int, float | None]:
+    """(ranks, GB of each or None) of `--plan=8` or `--plan=8x80`."""
+    found = re.fullmatch(r"([1-9]\d*)(?:x(\d+(?:\.\d+)?))?", word)
+    if found is None:
+        raise MassError(f"--plan={word}: give ranks, or ranks x GB of each: --plan=8x80")
+    return int(found[1]), float(found[2]) if found[2] else None
+
+
+def _bytes(module: torch.nn.Module) -> int:
+    return sum(x.nbytes for x in {id(x): x for x in module.parameters()}.values())
+
+
+def _outer_bytes(size: int, stage: int, ranks: int, offload: bool) -> int:
+    """fp32: the value and its gradient, from stage 1 on a master copy, and Adam's two moments."""
+    state = (2 if stage == 0 else 3) * size * 4 // (ranks if stage else 1)
+    value = size * 4 // (ranks if stage == 3 else 1)
+    gradient = size * 4 // (ranks if stage >= 2 else 1)
+    return value + gradient + (0 if offload else state)
+
+
+def _flops(r: Recipe, linear: int, head: int) -> dict[str, float]:
+    """A product of a frozen matrix takes 2 FLOPs a weight and token, forward and backward alike; attention is left out."""
+    T, N, new, answer = (
+        r.outer.tasks,
+        r.generate.examples,
+        r.generate.max_new_tokens,
+        r.generate.answer_tokens,
+    )
+    G = r.outer.rollouts if r.outer.loss == "verifier" else 1
+    token = 2.0 * (linear + head)
+    train = T * N * (PROMPT + new)
+    last = 2 * T * G * (PROMPT + answer)
+    sampled = last if r.outer.loss == "verifier" else 0
+    out = {
+        "generate": token * (train + sampled),
+        "outer loss, before and after": 2 * token * last,
+        "policy gradient": (2 + (r.outer.beta > 0)) * token * train,
+    }
+    for name, (_, _, _, factor) in ENGINES.items():
+        out[f"inner loop and meta, {name}"] = factor * 2 * token * train * r.inner.steps
+    return out
+
+
+def _advice(r: Recipe, plan: Plan, ranks: int, limit: float) -> list[str]:
+    fixed = sum(plan.parts.values())
+    fitting = [name for name in plan.engines if plan.total(name) <= limit]
+    exact = [name for name in fitting if name != "finite_difference"]
+    if exact:
+        return [f"The fastest exact engine that fits: {exact[0]}."]
+    if fitting:
+        return [
+            "No exact engine fits: lower outer.tasks_at_once, generate.examples or generate.max_new_tokens, "
+            "or take meta_gradient.mode=finite_difference."
+        ]
+    lines = ["Nothing fits."]
+    if r.zero.stage < 3 and ranks > 1 and fixed > limit / 2:
+        lines.append("zero.stage=3 shards the base.")
+    if fixed > limit:
+        lines.append("The base alone is too large: more ranks at zero.stage=3, or model.dtype=bf16.")
+    if fixed + sum(plan.generating.values()) > limit:
+        lines.append("Generation is too large: lower generate.batch_rows or outer.tasks_at_once.")
+    if fixed + min(peak.total for peak in plan.engines.values()) > limit:
+        lines.append("The gradients are too large: outer.tasks_at_once=1, then lower generate.examples.")
+    return lines
