@@ -329,11 +329,18 @@ def _convert(file: Path, folder: Path, dtype: torch.dtype) -> None:
             file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=dtype
         )
         # the dense model is no quantised one any more, and says so in its config
-        hf.save_pretrained(folder)
+        save(hf, folder)
         AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
     for written in folder.iterdir():
         with open(written, "rb") as stream:
             os.fsync(stream.fileno())
+
+
+def save(hf: Any, folder: Path) -> None:
+    """`hf.save_pretrained(folder)`, by whichever process calls it: from rank 1 on transformers would write nothing."""
+    hf.should_save_on_this_rank = lambda is_main_process: True
+    hf.save_pretrained(folder)
+    del hf.should_save_on_this_rank
 
 
 # ---- random models, made on the spot
