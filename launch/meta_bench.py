@@ -68,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("\n".join(module.name(case) for case in cases))
         return
     rows = module.finish(run(args.command, module, cases, args.rounds, args.threads))
-    console = Console()
+    # a file has no width, and a table of sixteen columns wants one
+    console = Console(width=None if sys.stdout.isatty() else 200)
     console.print(table(module, rows))
     console.print(machine(args.threads), *module.NOTES, sep="\n", highlight=False)
     for row in rows:

@@ -128,7 +128,7 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def _inner(setup: Setup, parts: Split | None) -> Trajectory:
+def _inner(setup: Setup, parts: Split | None, products: Products) -> Trajectory:
     n = setup.weight_TN.shape[1]
 
     def gradient(adapter: Adapter) -> tuple[Tensor, Adapter]:
@@ -138,7 +138,8 @@ def _inner(setup: Setup, parts: Split | None) -> Trajectory:
         _, logprob_M, grad = loss_and_grad(setup.hf, setup.layers, setup.inner, adapter, loss, parts=parts)
         return example_loss(setup.inner, logprob_M), grad
 
-    return adapt(gradient, setup.start, setup.rule, setup.lr, setup.K)
+    last = products.record if isinstance(products, metagrad.Reverse) else None
+    return adapt(gradient, setup.start, setup.rule, setup.lr, setup.K, last=last, count=metagrad.RECORDED)
 
 
 def _outer(setup: Setup, adapter: Adapter, parts: Split | None) -> Adapter:
@@ -153,13 +154,14 @@ def _ours(make: Callable[[Setup], Products], blocks: bool) -> Callable[[Setup], 
         parts = setup.parts if blocks else None
         device = str(setup.weight_TN.device)
         marks = [time.perf_counter()]
-        trajectory = _inner(setup, parts)
+        products = make(setup)
+        trajectory = _inner(setup, parts, products)
         wait(device)
         marks.append(time.perf_counter())
         outer_grad = _outer(setup, trajectory.adapter, parts)
         wait(device)
         marks.append(time.perf_counter())
-        found = metagrad.sweep(make(setup), trajectory, outer_grad, need_init=setup.init)
+        found = metagrad.sweep(products, trajectory, outer_grad, need_init=setup.init)
         wait(device)
         marks.append(time.perf_counter())
         spans = [b - a for a, b in zip(marks, marks[1:], strict=False)]
@@ -323,7 +325,7 @@ METHODS: dict[str, Callable[[Setup], Answer]] = {
     "unrolled": unrolled,
     "torchopt": _peer(_torchopt),
     "higher": _peer(_higher),
-    "reverse": _ours(lambda s: metagrad.reverse(s.hf, s.layers, s.inner, s.weight_TN), blocks=False),
+    "reverse": _ours(lambda s: metagrad.Reverse(s.hf, s.layers, s.inner, s.weight_TN), blocks=False),
     "blockwise": _ours(lambda s: metagrad.blockwise(s.hf, s.parts, s.inner, s.weight_TN), blocks=True),
     "blockwise_kept": _ours(
         lambda s: metagrad.blockwise(s.hf, s.parts, s.inner, s.weight_TN, recompute=False), blocks=False

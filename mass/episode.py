@@ -98,7 +98,7 @@ def make_products(setting: Setting, packed: Packed, weight_TN: Tensor) -> Produc
     """The engine that the recipe (or `auto`) chose, on this batch."""
     lm = setting.lm
     if setting.engine == "reverse":
-        return metagrad.reverse(lm.hf, lm.lora, packed, weight_TN)
+        return metagrad.Reverse(lm.hf, lm.lora, packed, weight_TN)
     if setting.engine == "blockwise":
         assert setting.parts is not None
         return metagrad.blockwise(lm.hf, setting.parts, packed, weight_TN, recompute=setting.recompute)
@@ -153,6 +153,7 @@ def run(
 
     with clock("inner"):
         lr = inner_rates(setting, log_lr, policy)
+        products = make_products(setting, practice.packed, weight_TN)
         tuned = fine_tune(
             lm,
             practice.packed,
@@ -163,6 +164,8 @@ def run(
             steps=recipe.inner.steps,
             max_growth=recipe.inner.max_growth,
             parts=setting.parts if setting.checkpoint else None,
+            last=products.record if isinstance(products, metagrad.Reverse) else None,
+            count=metagrad.RECORDED,
         )
 
     with clock("outer"):
@@ -181,7 +184,7 @@ def run(
     with clock("meta"):
         need_init = recipe.outer.through_init
         meta = metagrad.sweep(
-            make_products(setting, practice.packed, weight_TN),
+            products,
             tuned.trajectory,
             outer_grad,
             need_init=need_init,

@@ -18,8 +18,9 @@ from mass.blocks import second_order as second_order_ops
 from mass.errors import MassError
 from mass.lora import Adapter, Layers, using
 
-# Numbers of one chunk of logits, 64 MB in fp32: large enough for fast matrix products, small beside a block's activations.
-CHUNK_LOGITS = 2**24
+# Target tokens that have logits at one time: enough for fast matrix products, small beside a block's activations. A GPU
+# wants more of them, and has larger batches.
+CHUNK_ROWS = {"cpu": 64, "cuda": 512}
 
 
 def logits(hf: PreTrainedModel, hidden_MD: Tensor) -> Tensor:
@@ -114,7 +115,7 @@ def loss_and_grad(
 
 def chunk_rows(hf: PreTrainedModel) -> int:
     """How many target tokens have logits at one time."""
-    return max(1, CHUNK_LOGITS // hf.get_output_embeddings().weight.shape[0])  # type: ignore[union-attr,index,operator]
+    return CHUNK_ROWS.get(hf.device.type, CHUNK_ROWS["cuda"])
 
 
 def head_rows(hf: PreTrainedModel, hidden_MD: Tensor, label_M: Tensor) -> tuple[Tensor, Tensor]:

@@ -44,14 +44,26 @@ class Trajectory:
         return torch.stack([optimizers.norm(step.grad) > self.rule.clip for step in self.steps]).any(0)
 
 
-def adapt(gradient: Gradient, start: Adapter, rule: Rule, lr: Mapping[str, Tensor], steps: int) -> Trajectory:
-    """Take K steps from `start` [T, ...]. `lr` holds a 0-d tensor for each adapter tensor."""
+def adapt(
+    gradient: Gradient,
+    start: Adapter,
+    rule: Rule,
+    lr: Mapping[str, Tensor],
+    steps: int,
+    *,
+    last: Gradient | None = None,
+    count: int = 0,
+) -> Trajectory:
+    """Take K steps from `start` [T, ...]. `lr` holds a 0-d tensor for each adapter tensor.
+
+    `last`: makes the gradient of the last `count` steps, for an engine that keeps their graph (`metagrad.Reverse`).
+    """
     lr = {key: value.detach() for key, value in lr.items()}
     adapter = {key: tensor.detach() for key, tensor in start.items()}
     state = optimizers.init(rule, adapter)
     taken = []
     for k in range(steps):
-        loss_TN, grad = gradient(adapter)
+        loss_TN, grad = last(adapter) if last and k >= steps - count else gradient(adapter)
         taken.append(Step(adapter, state, grad, loss_TN))
         with torch.no_grad():
             adapter, state = optimizers.update(rule, k, grad, state, adapter, lr)

@@ -55,8 +55,12 @@ class LoraLinear(nn.Module):
         if x.shape[0] % a_TRI.shape[0]:
             raise ValueError(f"{x.shape[0]} rows cannot be shared out among {a_TRI.shape[0]} adapters")
         x_TBI = x.reshape(a_TRI.shape[0], -1, x.shape[-1]).to(a_TRI.dtype)
-        update = torch.bmm(torch.bmm(x_TBI, a_TRI.mT), b_TOR.mT) * self.scale
-        return y + update.reshape(y.shape).to(y.dtype)
+        low_TBR = torch.bmm(x_TBI, a_TRI.mT)
+        if y.dtype == low_TBR.dtype:
+            # one operation instead of three, each of which would run over [tokens, out] in every derivative too
+            y_TBO = y.reshape(*low_TBR.shape[:2], -1)
+            return torch.baddbmm(y_TBO, low_TBR, b_TOR.mT, alpha=self.scale).reshape(y.shape)
+        return y + torch.bmm(low_TBR * self.scale, b_TOR.mT).reshape(y.shape).to(y.dtype)
 
 
 Layers = dict[str, LoraLinear]

@@ -8,7 +8,7 @@ model inside) to mu, the cotangent of the inner gradient; then the model supplie
 and dL/dw_i += c_i / N, lam <- (direct part) + H mu. Each step is recomputed from the stored (phi_k, state_k, grad_k), so
 memory does not grow with K. The engines differ only in how they make the two products:
 
-reverse            create_graph on the recomputed step (reverse over reverse); any model with a double backward
+reverse            create_graph on the step (reverse over reverse), recomputed or recorded; any model with a double backward
 blockwise          reverse over forward, one decoder block at a time; exact, in less memory than a first-order gradient
 finite_difference  two first-order gradients at phi_k +- eps mu; any model at all, relative error about 1e-3 in fp32
 
@@ -89,21 +89,57 @@ def sweep(
     return MetaGradient(weight_TN / n, lam if need_init else None, lr if need_lr else None)
 
 
-def reverse(hf: PreTrainedModel, layers: Layers, packed: Packed, weight_TN: Tensor) -> Products:
-    """Reverse over reverse: keeps one step's second-order graph, recomputed."""
+# Steps whose graph `reverse` keeps from the inner loop on: with K = 1 and 2, the usual ones, nothing is done twice.
+RECORDED = 2
 
-    def products(step: Step, mu: Adapter, need_hessian: bool) -> tuple[Tensor, Adapter | None]:
-        adapter = {key: tensor.detach().requires_grad_() for key, tensor in step.adapter.items()}
-        weight = weight_TN.detach().requires_grad_()
-        loss_TN = example_loss(packed, token_logprobs(hf, layers, packed, adapter, second_order=True))
-        total = (weight * loss_TN).sum() / weight.shape[1]
-        grads = torch.autograd.grad(total, list(adapter.values()), create_graph=True, materialize_grads=True)
-        inner = torch.stack([(g * m).sum() for g, m in zip(grads, mu.values(), strict=True)]).sum()
-        wanted = [weight, *(adapter.values() if need_hessian else ())]
+
+class Reverse:
+    """Reverse over reverse. The last steps can be taken by `record`, which keeps their second-order graph for the sweep;
+    the graph of any other step is made again, one at a time."""
+
+    def __init__(self, hf: PreTrainedModel, layers: Layers, packed: Packed, weight_TN: Tensor) -> None:
+        self._model = hf, layers, packed
+        self._weight_TN = weight_TN
+        self._kept: list[_Graph] = []
+
+    def record(self, adapter: Adapter) -> tuple[Tensor, Adapter]:
+        """The inner step's losses [T, N] and gradient, as `inner.Gradient`; its graph is kept until it is used."""
+        self._kept.append(self._graph(adapter))
+        graph = self._kept[-1]
+        return graph.loss_TN.detach(), graph.taken
+
+    def __call__(self, step: Step, mu: Adapter, need_hessian: bool) -> tuple[Tensor, Adapter | None]:
+        """The two products of a step (`Products`). The sweep asks for recorded steps in the order last to first."""
+        recorded = bool(self._kept) and self._kept[-1].taken is step.grad
+        graph = self._kept.pop() if recorded else self._graph(step.adapter)
+        inner = torch.stack([(g * mu[key]).sum() for key, g in graph.grad.items()]).sum()
+        wanted = [graph.weight_TN, *(graph.adapter.values() if need_hessian else ())]
         c_TN, *curve = torch.autograd.grad(inner, wanted, materialize_grads=True)
-        return c_TN * weight.shape[1], dict(zip(adapter, curve, strict=True)) if need_hessian else None
+        c_TN = c_TN * c_TN.shape[1]
+        return c_TN, dict(zip(graph.adapter, curve, strict=True)) if need_hessian else None
 
-    return products
+    def _graph(self, adapter: Adapter) -> "_Graph":
+        hf, layers, packed = self._model
+        leaf = {key: tensor.detach().requires_grad_() for key, tensor in adapter.items()}
+        weight = self._weight_TN.detach().requires_grad_()
+        with torch.enable_grad():
+            loss_TN = example_loss(packed, token_logprobs(hf, layers, packed, leaf, second_order=True))
+            total = (weight * loss_TN).sum() / weight.shape[1]
+            grads = torch.autograd.grad(total, list(leaf.values()), create_graph=True, materialize_grads=True)
+        grad = dict(zip(leaf, grads, strict=True))
+        return _Graph(leaf, weight, loss_TN, grad, {key: g.detach() for key, g in grad.items()})
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """One inner step with its second-order graph: from the leaves `adapter` and `weight_TN` to `grad`. `taken`: the
+    gradient's numbers, by which the step is known again."""
+
+    adapter: Adapter
+    weight_TN: Tensor
+    loss_TN: Tensor
+    grad: Adapter
+    taken: Adapter
 
 
 def blockwise(

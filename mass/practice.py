@@ -13,7 +13,7 @@ from mass.batch import Packed, Sequence, pack
 from mass.blocks import Split, attends_fully
 from mass.forward import example_loss, loss_and_grad, token_logprobs
 from mass.generate import Rollout, generate
-from mass.inner import Trajectory
+from mass.inner import Gradient, Trajectory
 from mass.lora import Adapter
 from mass.model import LanguageModel, context_length
 from mass.optimizers import Rule
@@ -157,8 +157,13 @@ def fine_tune(
     steps: int,
     max_growth: float,
     parts: Split | None = None,
+    last: Gradient | None = None,
+    count: int = 0,
 ) -> Tuned:
-    """K weighted fine-tuning steps of T adapters on their examples. `parts`: recompute activations block by block."""
+    """K weighted fine-tuning steps of T adapters on their examples. `parts`: recompute activations block by block.
+
+    `last`, `count`: as in `inner.adapt`.
+    """
     n = weight_TN.shape[1]
 
     def total(loss_TN: Tensor) -> Tensor:
@@ -175,7 +180,7 @@ def fine_tune(
         )
         return example_loss(packed, logprob_M), grad
 
-    trajectory = inner.adapt(gradient, start, rule, lr, steps)
+    trajectory = inner.adapt(gradient, start, rule, lr, steps, last=last, count=count)
     with torch.no_grad():
         last_TN = example_loss(packed, token_logprobs(lm.hf, lm.lora, packed, trajectory.adapter))
     before_T = (weight_TN * trajectory.steps[0].loss_TN).sum(1) / n

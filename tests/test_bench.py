@@ -64,7 +64,8 @@ def test_products_are_counted_against_first_order() -> None:
     assert counts["unrolled"]["least"] == 2.0
     # the adapter's own products are no small part of so narrow a model: 2 and 3 are for wide ones
     assert 1.9 < counts["unrolled"]["products"] < 2.6
-    assert counts["reverse"]["products"] == pytest.approx(counts["unrolled"]["products"] + 1, abs=0.3)
+    # both of its two steps are recorded: nothing is done twice
+    assert counts["reverse"]["products"] == pytest.approx(counts["unrolled"]["products"], abs=0.05)
     assert counts["blockwise"]["products"] > counts["blockwise_kept"]["products"] + 1
     assert counts["reverse"]["rel_error"] < 1e-4
 

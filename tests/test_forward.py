@@ -173,7 +173,7 @@ def test_logits_are_made_for_one_chunk_of_target_tokens_at_a_time(monkeypatch: p
         whole = run()
         assert rows == [M, M]
         rows.clear()
-        monkeypatch.setattr(forward, "CHUNK_LOGITS", 5 * 259)
+        monkeypatch.setitem(forward.CHUNK_ROWS, "cpu", 5)
         parts = run()
         assert max(rows) == 5 and sum(rows) == 2 * M
         rows.clear()

@@ -31,7 +31,7 @@ def model(architecture: str = "llama", **changes: Any):  # type: ignore[no-untyp
 
 
 def predict(hf, parts, inner: Packed, **how: Any) -> memory.Peak:  # type: ignore[no-untyped-def]
-    return memory.predict(hf, parts, SHAPE, inner, batch(examples=1), **how)
+    return memory.predict(hf, parts, SHAPE, inner, batch(len(inner.tokens_TPS), examples=1), **how)
 
 
 def test_live_counts_what_lives() -> None:

@@ -49,8 +49,8 @@ RULES: dict[str, tuple[Rule, float]] = {
     "momentum": (Rule("sgd", momentum=0.9, clip=0.3), 0.3),
     "adam": (Rule("adam", eps_root=1e-6), 0.02),
 }
-ENGINES = ("reverse", "blockwise", "blockwise keep", "central", "one-sided")
-EXACT = ENGINES[:3]
+ENGINES = ("reverse", "recorded", "blockwise", "blockwise keep", "central", "one-sided")
+EXACT = ENGINES[:4]
 STEPS = (1, 2, 5)
 
 
@@ -199,7 +199,8 @@ def gradient(world: World, weight_TN: Tensor, parts: blocks.Split | None = None)
 def products(world: World, engine: str, weight_TN: Tensor) -> Products:
     hf, layers, parts, packed = world.hf, world.layers, world.parts, world.packed
     return {
-        "reverse": lambda: metagrad.reverse(hf, layers, packed, weight_TN),
+        "reverse": lambda: metagrad.Reverse(hf, layers, packed, weight_TN),
+        "recorded": lambda: metagrad.Reverse(hf, layers, packed, weight_TN),
         "blockwise": lambda: metagrad.blockwise(hf, parts, packed, weight_TN),
         "blockwise keep": lambda: metagrad.blockwise(hf, parts, packed, weight_TN, recompute=False),
         "central": lambda: metagrad.finite_difference(hf, layers, packed, weight_TN),
@@ -227,15 +228,18 @@ def loop(
     K: int,
     weight_TN: Tensor | None = None,
     start: Adapter | None = None,
+    last: inner.Gradient | None = None,
 ) -> inner.Trajectory:
     weight_TN = world.weight_TN if weight_TN is None else weight_TN
-    return inner.adapt(gradient(world, weight_TN), world.start if start is None else start, rule, lr, K)
+    first = world.start if start is None else start
+    return inner.adapt(gradient(world, weight_TN), first, rule, lr, K, last=last, count=metagrad.RECORDED)
 
 
 def meta(world: World, engine: str, rule: Rule, lr: float, K: int, **options: Any) -> MetaGradient:
     """The whole meta-gradient of mass."""
-    trajectory = loop(world, rule, rates(world, lr), K)
     given = products(world, engine, world.weight_TN)
+    last = given.record if engine == "recorded" and isinstance(given, metagrad.Reverse) else None
+    trajectory = loop(world, rule, rates(world, lr), K, last=last)
     return metagrad.sweep(given, trajectory, outer_grad(world, trajectory.adapter), **options)
 
 
