@@ -21,7 +21,7 @@ from mass.forward import check_model, example_loss, loss_and_grad, token_logprob
 from mass.generate import generate
 from mass.inner import Step
 from mass.lora import LoraShape, attach
-from mass.metagrad import blockwise, finite_difference, reverse
+from mass.metagrad import Reverse, blockwise, finite_difference
 from mass.model import LanguageModel
 from mass.shards import ShardedEmbedding, ShardedLinear, Shards, _chosen
 
@@ -98,7 +98,7 @@ def second_order(lm: LanguageModel, seed: int, engine: str) -> list[Tensor]:
     weight_TN = weight_TN.to(lm.dtype)
     parts = blocks.split(lm.hf, lm.lora)
     products = {
-        "reverse": lambda: reverse(lm.hf, lm.lora, packed, weight_TN),
+        "reverse": lambda: Reverse(lm.hf, lm.lora, packed, weight_TN),
         "blockwise": lambda: blockwise(lm.hf, parts, packed, weight_TN),
         "kept": lambda: blockwise(lm.hf, parts, packed, weight_TN, recompute=False),
         "difference": lambda: finite_difference(lm.hf, lm.lora, packed, weight_TN),
@@ -106,6 +106,17 @@ def second_order(lm: LanguageModel, seed: int, engine: str) -> list[Tensor]:
     start, mu = adapter(lm, seed), adapter(lm, seed + 1)
     c_TN, curve = products(Step(start, {}, mu, torch.zeros(T, N)), mu, seed % 3 > 0)
     return [c_TN, *(curve or {}).values()]
+
+
+def recorded(lm: LanguageModel, seed: int) -> list[Tensor]:
+    """The second-order graph is kept from the inner step to the sweep; other units have come and gone in between."""
+    packed, weight_TN = batch(seed)
+    engine, start = Reverse(lm.hf, lm.lora, packed, weight_TN.to(lm.dtype)), adapter(lm, seed)
+    loss_TN, grad = engine.record(start)
+    between = features(lm, seed, False)
+    c_TN, curve = engine(Step(start, {}, grad, loss_TN), adapter(lm, seed + 1), True)
+    assert curve is not None
+    return [loss_TN, c_TN, *between, *grad.values(), *curve.values()]
 
 
 def text(lm: LanguageModel, seed: int) -> list[Tensor]:
@@ -134,6 +145,7 @@ WORK: dict[str, Callable[[LanguageModel, int], list[Tensor]]] = {
     "plain": lambda lm, seed: first_order(lm, seed, False),
     "by block": lambda lm, seed: first_order(lm, seed, True),
     "reverse": lambda lm, seed: second_order(lm, seed, "reverse"),
+    "recorded": recorded,
     "blockwise": lambda lm, seed: second_order(lm, seed, "blockwise"),
     "kept": lambda lm, seed: second_order(lm, seed, "kept"),
     "difference": lambda lm, seed: second_order(lm, seed, "difference"),
