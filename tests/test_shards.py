@@ -217,6 +217,12 @@ def on_each_rank(folder: str, architectures: list[str]) -> None:
             assert gathered_bytes(held.shards) <= held.shards.working_bytes
             held.settle()
     read_in_parts(world, Path(folder))
+    large, _ = tiny("llama", torch.float32)
+    large.register_parameter("experts", torch.nn.Parameter(torch.zeros(100_000)))
+    with pytest.raises(
+        MassError, match="zero.stage=3: [0-9]+% of the weights of LlamaForCausalLM lie outside"
+    ):
+        Shards(world.device).take(large, lambda *_: torch.zeros(0), torch.float32)
     # the rank that converts a GGUF is the first to come, not always rank 0
     own = Path(folder) / f"saved{world.rank}"
     model.save(tiny("llama", torch.float32)[0], own)

@@ -341,7 +341,7 @@ def equal_runs(pairs: Pairs) -> None:
             step_of(two, STEPS) / "policy/adapter_config.json"
         ).read_text()
         for x, y in zip(log_of(one)[:STEPS], log_of(two)[:STEPS], strict=True):
-            assert x.keys() == y.keys()
+            assert x.keys() == y.keys() - {"time/gather"}
             for tag in MEANS:
                 assert mean_gap(x, y, tag) < 1e-4, (two.name, tag, x[tag], y[tag])
             assert x["tokens/generated"] == y["tokens/generated"]
