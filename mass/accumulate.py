@@ -37,26 +37,28 @@ def run(
     if len(parts) == 1:
         return whole
     total = {key: g * len(parts[0]) for key, g in whole.gradients.items()}
-    metrics = [whole.metrics]
+    results = [whole]
     for part in parts[1:]:
         other = episode.run(setting, part, step, policy, eta, log_lr)
         for key, g in other.gradients.items():
             total[key] += g * len(part)
         for name, seconds in other.seconds.items():
             whole.seconds[name] = whole.seconds.get(name, 0.0) + seconds
-        metrics.append(other.metrics)
+        results.append(other)
     whole.gradients = {key: g / len(tasks) for key, g in total.items()}
-    whole.metrics = _mean(metrics, [len(part) for part in parts])
+    whole.metrics, whole.counts = _mean(results)
     return whole
 
 
-def _mean(metrics: Sequence[Mapping[str, float]], sizes: Sequence[int]) -> dict[str, float]:
-    """Over parts: sums of counts, means of the rest, by tasks, over the parts that have a value."""
-    out = {}
-    for key in metrics[0]:
-        known = [(m[key], n) for m, n in zip(metrics, sizes, strict=True) if math.isfinite(m[key])]
+def _mean(results: Sequence[Result]) -> tuple[dict[str, float], dict[str, int]]:
+    """Over parts: sums of tokens and failures, of the rest means over what the parts' values are means of."""
+    metrics, counts = {}, {}
+    for key in results[0].metrics:
+        known = [(r.metrics[key], r.counts[key]) for r in results if math.isfinite(r.metrics[key])]
+        count = sum(n for _, n in known)
+        total = sum(x * n for x, n in known)
         if key.startswith(SUMS):
-            out[key] = sum(x for x, _ in known)
+            metrics[key], counts[key] = total, 1
         else:
-            out[key] = sum(x * n for x, n in known) / sum(n for _, n in known) if known else math.nan
-    return out
+            metrics[key], counts[key] = total / count if count else math.nan, count
+    return metrics, counts

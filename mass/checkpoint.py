@@ -234,13 +234,14 @@ def read_meta(step: Path) -> dict[str, Any]:
 def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:
     """A hash of a base model's parameter names, shapes and some values; before LoRA slots change the names.
 
-    The values are rounded to bf16, so that the same model loaded in bf16 and in fp32 has one fingerprint.
+    The values are rounded to bf16, so that the same model loaded in bf16 and in fp32 has one fingerprint. A parameter is
+    not looked at any more when the next is taken.
     """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(parameters, key=lambda item: item[0]):
+    seen = {}
+    for name, tensor in parameters:
         some = tensor.detach().flatten()[:: max(1, tensor.numel() // 64)].to(torch.bfloat16).float().cpu()
-        digest.update(f"{name} {tuple(tensor.shape)}".encode() + some.numpy().tobytes())
-    return digest.hexdigest()
+        seen[name] = f"{name} {tuple(tensor.shape)}".encode() + some.numpy().tobytes()
+    return hashlib.sha256(b"".join(seen[name] for name in sorted(seen))).hexdigest()
 
 
 def _number(step: Path) -> int:

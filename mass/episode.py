@@ -63,10 +63,15 @@ class Setting:
 
 @dataclass
 class Result:
-    """Gradients named as the engine names its parameters, scalar metrics (means over this rank's tasks), and the text."""
+    """Gradients named as the engine names its parameters, scalar metrics, and the text.
+
+    A metric is a mean over `counts` of this rank's tasks (those that have a value), or a sum where it is a number of tokens
+    or failures (its count is 1).
+    """
 
     gradients: dict[str, Tensor]
     metrics: dict[str, float]
+    counts: dict[str, int]
     practice: Practice
     weight_TN: Tensor
     credit_TN: Tensor
@@ -119,6 +124,7 @@ def run(
     """
     recipe, lm, prompts = setting.recipe, setting.lm, setting.prompts
     clock = Clock()
+    waited = lm.shards.waited if lm.shards else 0.0
     targets = [task.problem.text for task in tasks]
     T, N = len(tasks), recipe.generate.examples
     start = expand(policy, T)
@@ -138,6 +144,8 @@ def run(
             seeds=[[seed_of(recipe.run.seed, step, t.problem.id, i) for i in range(N)] for t in tasks],
             sampling=example_sampling(recipe),
         )
+        # texts end at different steps: from here on the ranks go side by side again
+        lm.settle()
     valid_TN = practice.valid_TN
 
     with clock("score"):
@@ -216,12 +224,18 @@ def run(
     if show:
         with clock("generate"):
             answers = _show(setting, targets[:show], solve_shots[:show], one, tuned, show)
-    metrics = _metrics(setting, practice, score_TN, weight_TN, by_score_TN, tuned, before, after, counts_T)
+    lm.settle()
+    if lm.shards:
+        clock.seconds["gather"] = lm.shards.waited - waited
+    metrics, counts = _metrics(
+        setting, practice, score_TN, weight_TN, by_score_TN, tuned, before, after, counts_T
+    )
     metrics |= _known(practice, tasks, score_TN.detach(), by_score_TN, counts_T)
     metrics["policy/kl"] = kl
     if N > 1:
         metrics["generator/advantage_spread"] = advantage_TN.std(1).mean().item()
-    return Result(gradients, metrics, practice, weight_TN, -by_score_TN, answers, clock.seconds)
+    counts = dict.fromkeys(metrics, T) | counts
+    return Result(gradients, metrics, counts, practice, weight_TN, -by_score_TN, answers, clock.seconds)
 
 
 def draw_shots(setting: Setting, tasks: Seq[Task]) -> list[Shots]:
@@ -341,6 +355,7 @@ def _verified(
         sampling=answer_sampling(recipe, temperature=1.0),
         seeds=[[seed_of(recipe.run.seed, step, t.problem.id, when, j) for j in range(G)] for t in tasks],
     )
+    lm.settle()
     pairs = [(r.text, t) for own, t in zip(drawn, tasks, strict=True) for r in own]
     verdicts = setting.verifier.verify_all(pairs)
     reward_TG = torch.tensor([v.score for v in verdicts], device=lm.device).view(len(tasks), G)
@@ -463,12 +478,18 @@ def _metrics(
     before: OuterLoss,
     after: OuterLoss,
     counts_T: Tensor,
-) -> dict[str, float]:
+) -> tuple[dict[str, float], dict[str, int]]:
+    """Metrics, and what those are means of that are not means over all T tasks."""
     valid_TN = practice.valid_TN
     examples = [e for own in practice.examples for e in own]
     rollouts = [r for own in practice.rollouts for r in own]
     has_T = valid_TN.any(1)
     length_TN = torch.tensor([[float(len(r.tokens)) for r in own] for own in practice.rollouts])
+    related = [
+        outer.correlation(-credit_N[valid_N].cpu(), length_N[valid_N.cpu()])
+        for credit_N, length_N, valid_N in zip(by_score_TN, length_TN, valid_TN, strict=True)
+    ]
+    related = [x for x in related if math.isfinite(x)]
     out = {
         "meta/loss": after.loss_T.mean().item(),
         "meta/loss_before": before.loss_T.mean().item(),
@@ -483,9 +504,7 @@ def _metrics(
         "generator/valid": valid_TN.float().mean().item(),
         "generator/length": sum(len(r.tokens) for r in rollouts) / len(rollouts),
         "generator/empty_tasks": 1 - has_T.float().mean().item(),
-        "generator/credit_length_correlation": outer.correlation(
-            -by_score_TN[valid_TN].cpu(), length_TN[valid_TN.cpu()]
-        ),
+        "generator/credit_length_correlation": sum(related) / len(related) if related else math.nan,
         # Credits of a task sum to zero: their root mean square is their standard deviation.
         "credit/spread": _mean(by_score_TN[counts_T].square().mean(1).sqrt()),
         "verifier/failures": float(before.failures + after.failures),
@@ -499,7 +518,16 @@ def _metrics(
     if setting.recipe.outer.loss == "verifier":
         out["reward/solve_before"] = before.solved_T.mean().item()
         out["reward/solve_after"] = after.solved_T.mean().item()
-    return out
+    has = int(has_T.sum())
+    counts = dict.fromkeys(
+        ("inner/loss_first", "inner/loss_last", "scorer/effective_examples", "scorer/score_std"), has
+    )
+    counts |= {
+        "credit/spread": int(counts_T.sum()),
+        "generator/credit_length_correlation": len(related),
+        "inner/padding": practice.packed.tokens_TPS.numel(),
+    }
+    return out, counts | {key: 1 for key in out if key.startswith(("tokens/", "verifier/"))}
 
 
 def known_truth(practice: Practice, tasks: Seq[Task]) -> tuple[Tensor, Tensor]:

@@ -84,7 +84,8 @@ def generate(
     cuts = Cuts(temperature, top_p, top_k, min_p)
     rows = _rows(prompts, seeds, max_new_tokens, adapter, adapter_index, batch_rows)
     stop = _Stop(lm.tokenizer, stop_ids, stop_strings)
-    with torch.no_grad(), _evaluating(lm.hf), packed_linears(lm.hf), lora.using(lm.lora, None):
+    holding = lm.shards.held() if lm.shards and lm.shards.hold else contextlib.nullcontext()
+    with torch.no_grad(), holding, _evaluating(lm.hf), packed_linears(lm.hf), lora.using(lm.lora, None):
         _decode(lm, rows, seeds, max_new_tokens, cuts, adapter, stop, batch_rows)
     return [Rollout(row.tokens, row.logprobs, row.finished, stop.text(row.tokens)) for row in rows]
 

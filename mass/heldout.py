@@ -45,6 +45,7 @@ def evaluate(
             ]
             group = "seen" if task.source in trained else "unseen"
             sums[group] = [x + y for x, y in zip(sums[group], counts, strict=True)]
+    kit.lm.settle()
     total = distributed.reduce_sum([*sums["seen"], *sums["unseen"]])
     seen, unseen = total[:9], total[9:]
     out = _scalars("heldout", [x + y for x, y in zip(seen, unseen, strict=True)])

@@ -87,6 +87,7 @@ TAGS = {
     "time/outer": "seconds of the outer loss and of sampling and verifying answers",
     "time/meta": "seconds of the meta-gradient sweep",
     "time/policy": "seconds of the generator and solver losses and of the outer optimizer",
+    "time/gather": "seconds of waiting for other ranks' parts of a sharded base, within the other times",
     "time/save": "seconds of the last save",
     "time/evaluate": "seconds of the last held-out evaluation",
     "tokens/generated": "tokens sampled for examples",

@@ -224,11 +224,13 @@ def choose(
     steps: int,
     memory_gb: float | None = None,
     ranks: int = 1,
+    gathered: int = 0,
     checkpoint: bool = False,
     rule: Rule | None = None,
     need_init: bool = False,
 ) -> Choice:
-    """The fastest exact engine that fits into `memory_gb` (default: what the device has free, shared by `ranks`).
+    """The fastest exact engine that fits into `memory_gb` (default: what the device has free, shared by `ranks`) beside
+    `gathered` bytes of a sharded base.
 
     `parts` None: the blocks were not found, so reverse is the only one. `checkpoint`: first-order passes recompute
     anyhow (inner.checkpoint). Raises MassError when none fits. Takes seconds, so it belongs to a run's start.
@@ -247,14 +249,15 @@ def choose(
         )  # fmt: skip
         words = engine + {("blockwise", False): " without recomputation"}.get((engine, recompute), "")
         words += " with recomputed first-order passes" if again else ""
-        need = f"{words} needs {peak.total / 1e9:.2f} GB over the weights"
-        if peak.total <= limit:
+        total = peak.total + gathered
+        need = f"{words} needs {total / 1e9:.2f} GB over {'its part of ' if gathered else ''}the weights"
+        if total <= limit:
             why = "; ".join(
                 [f"{need}, {limit / 1e9:.2f} GB {whose}", *(f"too large: {one}" for one in tried)]
             )
             return Choice(engine, recompute, again, peak, why)
         tried.append(need)
-        least = min(least, peak.total)
+        least = min(least, total)
     raise MassError(
         f"meta_gradient.mode=auto: no exact engine fits into {limit / 1e9:.2f} GB ({whose}): {'; '.join(tried)}. "
         f"Raise meta_gradient.memory_gb to {least / 1e9:.2f}, or lower outer.tasks, generate.examples or "

@@ -43,6 +43,8 @@ from mass import worlds
 from mass.errors import MassError
 from mass.lora import Layers, LoraShape, attach
 from mass.pretrain import pretrain
+from mass.shards import Shards
+from mass.weights import Weights, read_sharded
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 # what is not common to the random models; everything else is in `tiny`
@@ -64,13 +66,17 @@ TINY: dict[str, dict[str, Any]] = {
 
 @dataclass
 class LanguageModel:
-    """A frozen base model with LoRA slots on its linear layers. `name` is the path that the user gave."""
+    """A frozen base model with LoRA slots on its linear layers.
+
+    `name` is the path that the user gave; `shards` are the base's where this rank keeps only a part of it.
+    """
 
     hf: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     lora: Layers
     shape: LoraShape | None
     name: str
+    shards: Shards | None = None
 
     @property
     def device(self) -> torch.device:
@@ -79,6 +85,11 @@ class LanguageModel:
     @property
     def dtype(self) -> torch.dtype:
         return self.hf.dtype
+
+    def settle(self) -> None:
+        """Before any collective call: give the other ranks what they need of a sharded base until all are here."""
+        if self.shards:
+            self.shards.settle()
 
 
 def language_model(
@@ -103,12 +114,15 @@ def load(
     cache: str | Path | None = None,
     attention: str = "sdpa",
     world: Mapping[str, Mapping[str, Any]] | None = None,
+    shards: Shards | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model that `path` names (see the top of this file) in eval mode, with no parameter that wants a gradient.
 
     `dtype`: bf16, fp32 or fp64. `device`: auto (the accelerator if there is one, else the CPU) or a torch device.
     `cache`: where converted GGUF files and worlds' bases live; None means $MASS_CACHE, else ~/.cache/mass. `world`:
-    settings of worlds, {NAME: {setting: value}}. The tokenizer always has a pad token (the end token where it has none). Raises MassError, before any weight is read wherever possible, when
+    settings of worlds, {NAME: {setting: value}}. The tokenizer always has a pad token (the end token where it has none).
+    `shards`: empty ones, that are filled with the model's matrices as they are read, a part of each on every rank (the
+    device is theirs); all ranks load together. Raises MassError, before any weight is read wherever possible, when
     there is no such model, it is no causal language model, or its files are broken.
     """
     if dtype not in DTYPES:
@@ -119,6 +133,9 @@ def load(
     if path.startswith("tiny:"):
         hf, tokenizer = tiny(path.removeprefix("tiny:"), dtype=DTYPES[dtype], attention=attention)
         hf.to(where)
+        if shards is not None:
+            whole = dict(hf.named_parameters())
+            shards.take(hf, lambda name, low, high: whole[name].flatten()[low:high], hf.dtype)
     else:
         if path.startswith("package:"):
             source = str(_converted(path, dtype, cache))
@@ -126,7 +143,7 @@ def load(
             source = str(_pretrained(path, cache, world))
         else:
             source = _folder_or_hub_id(path)
-        hf, tokenizer = _read(source, path, DTYPES[dtype], where, attention)
+        hf, tokenizer = _read(source, path, DTYPES[dtype], where, attention, shards)
     return hf.eval().requires_grad_(False), tokenizer
 
 
@@ -183,7 +200,7 @@ def _folder_or_hub_id(path: str) -> str:
 
 
 def _read(
-    source: str, path: str, dtype: torch.dtype, device: torch.device, attention: str
+    source: str, path: str, dtype: torch.dtype, device: torch.device, attention: str, shards: Shards | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     local = os.path.isdir(source)
     if not local:
@@ -195,6 +212,9 @@ def _read(
             _check_causal(config, path)
             tokenizer = AutoTokenizer.from_pretrained(source, **common)
             _check_tokenizer(tokenizer, config, path)
+            if shards is not None:
+                weights = Weights(source, path, local_files_only=local)
+                return read_sharded(weights, config, dtype, attention, shards), tokenizer
             # device_map puts the weights where they belong without a copy in main memory
             place = {} if device.type == "cpu" else {"device_map": {"": device}}
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -359,8 +379,15 @@ def _convert(file: Path, folder: Path, dtype: torch.dtype) -> None:
             file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=dtype
         )
         # the dense model is no quantised one any more, and says so in its config
-        hf.save_pretrained(folder)
+        save(hf, folder)
         AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+
+
+def save(hf: Any, folder: Path) -> None:
+    """`hf.save_pretrained(folder)`, by whichever process calls it: from rank 1 on transformers would write nothing."""
+    hf.should_save_on_this_rank = lambda is_main_process: True
+    hf.save_pretrained(folder)
+    del hf.should_save_on_this_rank
 
 
 # ---- random models, made on the spot

@@ -91,11 +91,15 @@ def make(recipe: Recipe, ranks: int) -> Plan:
         "KV cache": column * (rows * max(new, answer) + min(rows, T) * PROMPT),
         "logits": rows * head.shape[0] * 4,
     }
+    if sharded and r.zero.hold_base:
+        generating["base held whole"] = base - base // ranks
     flops = _flops(r, linear, head.numel())
     sent = {"gradients": 2 * 4.0 * adapter * 2 * (ranks - 1) / ranks}
     if sharded:
         T_parts = -(-r.outer.tasks // T)
-        passes = T_parts * (max(new, 1) + (answer * 2 if G > 1 else 0) + 5 * i.steps + 8)
+        # text is generated with the base gathered for every token, or once for all
+        texts = 1 + 2 * (G > 1) if r.zero.hold_base else max(new, 1) + (answer * 2 if G > 1 else 0)
+        passes = T_parts * (texts + 5 * i.steps + 8)
         sent["base, gathered"] = base * passes * (ranks - 1) / ranks
     return Plan(memory_parts, generating, peaks, flops, sent)
 

@@ -220,6 +220,12 @@ def _training_contradictions(r: Recipe) -> Iterator[tuple[str, str]]:
             "g/(|g|+eps), whose derivative by the examples' weights is about 1e-8 of SGD's, so the scorer would learn "
             "nothing. Use inner.eps_root=1e-4, inner.steps=2 or more, or inner.optimizer=sgd.",
         )
+    if r.zero.hold_base and r.zero.stage < 3:
+        text = f"zero.hold_base=true with zero.stage={r.zero.stage}: only stage 3 shards the base"
+        yield (
+            "zero.hold_base zero.stage",
+            f"{text}; below it every rank holds it always. Use zero.stage=3, or false.",
+        )
     if r.inner.optimizer == "adam" and r.inner.momentum > 0:
         text = f"inner.momentum={r.inner.momentum:g} belongs to sgd, and inner.optimizer=adam"
         yield "inner.optimizer inner.momentum", f"{text}. Use inner.beta1, or inner.optimizer=sgd."

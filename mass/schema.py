@@ -181,7 +181,15 @@ class Outer:
 
 @dataclass(frozen=True)
 class Zero:
-    stage: int = _key(0, "DeepSpeed ZeRO stage of the outer parameters", ge=0, le=3)
+    stage: int = _key(
+        0,
+        "DeepSpeed ZeRO stage of the outer parameters; 3 also shards the frozen base over the ranks",
+        ge=0,
+        le=3,
+    )
+    hold_base: bool = _key(
+        False, "stage 3: hold the whole base while text is generated; faster where memory allows"
+    )
     offload: bool = _key(False, "keep the outer optimizer's state in main memory; from stage 1 on")
     config: str | None = _key(None, "a DeepSpeed JSON file of yours; what contradicts the recipe is refused")
 

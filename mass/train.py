@@ -46,6 +46,7 @@ from mass.problems import Cursor, Task, draw_pool, load_tasks, split_tasks
 from mass.prompts import Prompts, make_prompts
 from mass.recipe import Recipe, command_line, dump
 from mass.rewards import Verifier, require
+from mass.shards import Shards
 from mass.watchdog import Watchdog, watching
 
 # these are left out where no rank has a value: most problems have no truth to hold an example against
@@ -167,7 +168,7 @@ def _train(recipe: Recipe, world: World, watch: Watchdog) -> None:
         in_a_row = 0 if applied else in_a_row + 1
         skipped += not applied
 
-        metrics |= _reduce(result.metrics)
+        metrics |= _reduce(result.metrics, result.counts)
         metrics |= {f"{group}/grad_norm": norms[group] for group in ("scorer", "policy")}
         metrics |= {f"time/{part}": seconds for part, seconds in result.seconds.items()}
         metrics |= {
@@ -258,6 +259,8 @@ def _tasks(recipe: Recipe) -> tuple[list[Task], list[Task], list[Task]]:
 def _setting(recipe: Recipe, world: World, pool: list[Task], saved: list[Any] | None) -> tuple[Setting, str]:
     """Load the model and put together what stays the same over all steps; and the base model's fingerprint."""
     m, i = recipe.model, recipe.inner
+    sharded = recipe.zero.stage == 3 and world.size > 1
+    shards = Shards(world.device, hold=recipe.zero.hold_base) if sharded else None
     hf, tokenizer = load(
         m.path,
         dtype=m.dtype,
@@ -265,12 +268,14 @@ def _setting(recipe: Recipe, world: World, pool: list[Task], saved: list[Any] | 
         cache=m.cache,
         attention=m.attention,
         world=recipe.problems.world,
+        shards=shards,
     )
-    fingerprint = checkpoint.fingerprint(hf.named_parameters())
+    fingerprint = checkpoint.fingerprint(shards.named_parameters(hf) if shards else hf.named_parameters())
     check_model(hf)
     shape = lora.LoraShape(recipe.lora.rank, recipe.lora.alpha, tuple(recipe.lora.targets))
-    lm = LanguageModel(hf, tokenizer, lora.attach(hf, shape), shape, m.path)
+    lm = LanguageModel(hf, tokenizer, lora.attach(hf, shape), shape, m.path, shards)
     parts, mode = _engine(recipe, lm)
+    lm.settle()
     head = scorer.Scorer(
         hf.config.get_text_config().hidden_size, len(recipe.scorer.layers), recipe.scorer.hidden
     )
@@ -331,6 +336,7 @@ def _choose(
             steps=r.inner.steps,
             memory_gb=r.meta_gradient.memory_gb,
             ranks=world.size if world.device.type == "cpu" else 1,
+            gathered=lm.shards.working_bytes if lm.shards else 0,
             checkpoint=r.inner.checkpoint,
             rule=rule,
             need_init=r.outer.through_init,
@@ -364,18 +370,20 @@ def deepspeed_config(recipe: Recipe, world: World) -> dict[str, Any]:
     return engine.merge(z.config, ours, world.size) if z.config else ours
 
 
-def _reduce(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Over ranks: sums of counts, means (of those ranks that have a value) of the rest."""
+def _reduce(metrics: Mapping[str, float], counts: Mapping[str, int]) -> dict[str, float]:
+    """Over ranks: sums of `tokens/` and the like, and of the rest the mean over what each rank's value is a mean of."""
     keys = sorted(metrics)
-    finite = [math.isfinite(metrics[key]) for key in keys]
-    flat = [metrics[key] if ok else 0.0 for key, ok in zip(keys, finite, strict=True)]
-    total = distributed.reduce_sum([*flat, *map(float, finite)])
+    share = [counts[key] if math.isfinite(metrics[key]) else 0 for key in keys]
+    flat = [metrics[key] * n if n else 0.0 for key, n in zip(keys, share, strict=True)]
+    total = distributed.reduce_sum([*flat, *map(float, share)])
     out = {}
     for i, key in enumerate(keys):
-        known = total[len(keys) + i]
-        if not known and key in KNOWN:
+        count = total[len(keys) + i]
+        if not count and key in KNOWN:
             continue
-        out[key] = total[i] if key.startswith(accumulate.SUMS) else total[i] / known if known else math.nan
+        out[key] = total[i] / count if count else math.nan
+        if key.startswith(accumulate.SUMS):
+            out[key] = total[i]
     return out
 
 

@@ -236,13 +236,20 @@ def mean_gap(a: dict[str, Any], b: dict[str, Any], tag: str) -> float:
     return 0.0 if x is y is None else abs(x - y) / max(abs(x), abs(y), 1e-3)
 
 
-# (loss, inner optimizer) -> the stages on which two ranks are compared with one; the stage only matters to the engine
+# (loss, inner optimizer) -> the stages on which two ranks are compared with one
 COMBINATIONS = {
-    ("gold", "sgd"): [0, 3],
-    ("gold", "adam"): [0, 1],
-    ("verifier", "sgd"): [0, 2],
-    ("verifier", "adam"): [0, 3],
+    ("gold", "sgd"): [0, 1, 3],
+    ("gold", "adam"): [2, 3],
+    ("verifier", "sgd"): [2, 3],
+    ("verifier", "adam"): [0, 1, 3],
 }
+STEPS = 5
+# means over tasks, some of them over the tasks that have a value
+MEANS = (
+    "meta/loss", "meta/loss_before", "meta/gain", "meta/exploded", "inner/loss_first", "inner/loss_last", "inner/clipped",
+    "scorer/effective_examples", "scorer/score_std", "credit/spread", "generator/valid", "generator/length",
+    "generator/truncated", "generator/no_solution", "generator/empty_tasks", "policy/kl",
+)  # fmt: skip
 
 
 Pairs = list[tuple[Path, Path]]
@@ -260,7 +267,10 @@ def both(ranks: Ranks, recipe: Path, tmp_path_factory: pytest.TempPathFactory) -
             f"run.folder={folder}",
             f"run.name={name}",
             f"outer.loss={loss}",
-            "save.every=3",
+            f"outer.steps={STEPS}",
+            f"save.every={STEPS}",
+            # hot enough that some tasks have no valid example
+            "generate.temperature=1.4",
             *adam,
             *through,
         ]
@@ -287,8 +297,9 @@ def both(ranks: Ranks, recipe: Path, tmp_path_factory: pytest.TempPathFactory) -
 def test_two_ranks_with_t_tasks_are_one_rank_with_2t(both: tuple[Pairs, Pairs]) -> None:
     """At stages 0, 1 and 2."""
     equal_runs(both[0])
-    last = log_of(both[0][0][0])[2]
-    assert last["generator/valid"] > 0.5 and last["scorer/grad_norm"] > 1e-3
+    log = log_of(both[0][0][0])[:STEPS]
+    assert min(x["generator/valid"] for x in log) > 0.2 and log[-1]["scorer/grad_norm"] > 1e-3
+    assert any(0 < x["generator/empty_tasks"] < 1 for x in log), "tasks that have no mean of their own"
 
 
 @pytest.mark.slow
@@ -303,16 +314,16 @@ def test_the_scorer_s_parameters_move_by_their_gradient_and_not_by_rounding(
     both: tuple[Pairs, Pairs],
 ) -> None:
     for one, two in both[0]:
-        a, b = tensors(step_of(one, 3)), tensors(step_of(two, 3))
+        a, b = tensors(step_of(one, STEPS)), tensors(step_of(two, STEPS))
         for key in a:
             if key.startswith("scorer"):
                 torch.testing.assert_close(a[key], b[key], rtol=0, atol=1e-6)
 
 
 def equal_runs(pairs: Pairs) -> None:
-    """Parameters, optimizer state (whose scale Adam's steps would hide) and what is logged, after three steps."""
+    """Parameters, optimizer state (whose scale Adam's steps would hide) and what is logged, after five steps."""
     for one, two in pairs:
-        a, b = tensors(step_of(one, 3)), tensors(step_of(two, 3))
+        a, b = tensors(step_of(one, STEPS)), tensors(step_of(two, STEPS))
         assert a.keys() == b.keys()
         for key in a:
             gap = (a[key].double() - b[key].double()).abs().max().item()
@@ -325,20 +336,13 @@ def equal_runs(pairs: Pairs) -> None:
                 for key, x in a.items()
                 if key.startswith(kind) and ("lora_B" in key or "4.w" in key)
             )
-            assert moved > rate, "three steps at this rate"
-        assert (step_of(one, 3) / "policy/adapter_config.json").read_text() == (
-            step_of(two, 3) / "policy/adapter_config.json"
+            assert moved > rate, "more than a step at this rate"
+        assert (step_of(one, STEPS) / "policy/adapter_config.json").read_text() == (
+            step_of(two, STEPS) / "policy/adapter_config.json"
         ).read_text()
-        for x, y in zip(log_of(one)[:3], log_of(two)[:3], strict=True):
-            assert x.keys() == y.keys()
-            for tag in (
-                "meta/loss",
-                "meta/loss_before",
-                "meta/gain",
-                "generator/valid",
-                "generator/length",
-                "policy/kl",
-            ):
+        for x, y in zip(log_of(one)[:STEPS], log_of(two)[:STEPS], strict=True):
+            assert x.keys() == y.keys() - {"time/gather"}
+            for tag in MEANS:
                 assert mean_gap(x, y, tag) < 1e-4, (two.name, tag, x[tag], y[tag])
             assert x["tokens/generated"] == y["tokens/generated"]
 
@@ -347,7 +351,7 @@ def equal_runs(pairs: Pairs) -> None:
 @pytest.mark.multiprocess
 def test_the_logged_gradient_norm_does_not_depend_on_the_number_of_ranks(both: tuple[Pairs, Pairs]) -> None:
     for one, two in both[0]:
-        for x, y in zip(log_of(one)[:3], log_of(two)[:3], strict=True):
+        for x, y in zip(log_of(one)[:STEPS], log_of(two)[:STEPS], strict=True):
             assert mean_gap(x, y, "policy/grad_norm") < 1e-3 and mean_gap(x, y, "scorer/grad_norm") < 1e-3
 
 

@@ -1,0 +1,276 @@
+"""A frozen base of which every rank keeps a part and gathers the rest when a product asks for it (`zero.stage=3`).
+
+The matrices of a decoder block lie end to end in one flat tensor, a *unit*; so do the embedding and the head, each by
+itself. A rank keeps 1/W of each unit. `frozen.linear` asks for its matrix in forward, backward and tangent and keeps
+nothing, so at any time a rank holds its parts, the unit at work and the one that comes next, which is gathered while
+this one computes.
+
+Ranks do not run the same products: texts end at different steps, a task may have no examples. So no rank relies on
+what another does. Units move in rounds: every rank says which unit it wants (or that it wants none), all read the
+same answers, and all take part in gathering the unit that follows from them. A rank that waits for others therefore
+has to keep giving: `settle` does that until no rank wants anything, and belongs before every other collective call.
+
+Why not deepspeed.zero.Init: its parameters are gathered one by one (seven calls a block where one does), by assigning
+`param.data`, which fails inside torch.func transforms; it cannot read a part of a file, so some process would hold each
+whole tensor; and its calls must come in the same order on every rank.
+"""
+
+import contextlib
+import functools
+import re
+import time
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mass import frozen
+from mass.errors import MassError
+
+# (name of a parameter, first, last + 1) -> these elements of the flattened parameter, in any dtype
+Read = Callable[[str, int, int], Tensor]
+
+# Where a matrix begins in its unit, in bytes: products may round otherwise over memory that is aligned otherwise.
+ALIGNMENT = 64
+# More than this share of the parameters outside of linear layers and embeddings would be a base that is not sharded.
+MOST_WHOLE = 0.1
+
+
+@dataclass
+class Unit:
+    """Matrices that are gathered together. `part`: this rank's 1/W of them, flat."""
+
+    names: list[str] = field(default_factory=list)
+    shapes: list[torch.Size] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    size: int = 0
+    part: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def add(self, name: str, shape: torch.Size, alignment: int) -> int:
+        """Append a matrix; returns its number in the unit."""
+        self.names.append(name)
+        self.shapes.append(shape)
+        self.starts.append(self.size)
+        self.size += -(-shape.numel() // alignment) * alignment
+        return len(self.names) - 1
+
+    def view(self, flat: Tensor, i: int) -> Tensor:
+        return flat[self.starts[i] : self.starts[i] + self.shapes[i].numel()].view(self.shapes[i])
+
+
+class Shards:
+    """The sharded matrices of one model on this rank. All ranks make it, and call `take` and `settle`, together.
+
+    hold      whether generation shall hold the whole base (see `held`)
+    waited    seconds that this rank has waited for units so far
+    """
+
+    def __init__(self, device: torch.device, *, hold: bool = False) -> None:
+        self.device, self.hold, self.waited = device, hold, 0.0
+        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        self.units: list[Unit] = []
+        self._place: dict[str, tuple[int, int]] = {}
+        # Rounds are agreed upon by the CPUs: the accelerator need not be waited for.
+        self._moves, self._talks = dist.new_group(), dist.new_group(backend="gloo")
+        self._talk: tuple[Any, Tensor] | None = None
+        self._move: tuple[Any, int, Tensor] | None = None
+        self._want, self._served = -1, 0
+        self._arrived: tuple[int, Tensor] | None = None
+        self._now: tuple[int, Tensor] | None = None
+        self._held: dict[int, Tensor] = {}
+        # which unit came after these two the last time
+        self._next: dict[tuple[int, int], int] = {}
+        self._recent = (-1, -1)
+
+    # ---- taking a model apart
+
+    def take(self, hf: nn.Module, read: Read, dtype: torch.dtype) -> None:
+        """Keep this rank's part of every linear layer and embedding of `hf` and let these layers gather the rest.
+
+        `hf`'s own matrices (which may lie on the meta device) give way to placeholders of their shape. `read` is asked
+        for this rank's elements only. What else `hf` holds stays as it is. Raises MassError when that is much.
+        """
+        number: dict[str, int] = {}
+        seen: dict[int, tuple[int, int, nn.Parameter]] = {}
+        layers: list[tuple[ShardedLinear | ShardedEmbedding, tuple[int, int, nn.Parameter]]] = []
+        total = sum(p.numel() for p in hf.parameters())
+        alignment = ALIGNMENT // dtype.itemsize
+        for path, module in hf.named_modules():
+            if not isinstance(module, (nn.Linear, nn.Embedding)):
+                continue
+            weight = module.weight
+            if id(weight) not in seen:
+                # up to the first number: a decoder block
+                found = re.match(r".*?\.\d+(?=\.)", path)
+                u = number.setdefault(found[0] if found else path, len(number))
+                if u == len(self.units):
+                    self.units.append(Unit())
+                i = self.units[u].add(f"{path}.weight", weight.shape, alignment)
+                self._place[f"{path}.weight"] = (u, i)
+                seen[id(weight)] = (u, i, self._placeholder(weight.shape, dtype))
+            layers.append((typing.cast(Any, module), seen[id(weight)]))
+        whole = total - sum(shape.numel() for unit in self.units for shape in unit.shapes)
+        if whole > MOST_WHOLE * total:
+            raise MassError(
+                f"zero.stage=3: {whole / total:.0%} of the weights of {type(hf).__name__} lie outside of linear layers "
+                "and embeddings and cannot be sharded. Use zero.stage=2, which keeps the base whole on every rank."
+            )
+        for unit in self.units:
+            self._fill(unit, read, dtype)
+        for module, (u, i, placeholder) in layers:
+            module.__class__ = _sharded_class(module)
+            module.weight = placeholder
+            module.matrix = functools.partial(self.matrix, u, i)
+
+    def _placeholder(self, shape: torch.Size, dtype: torch.dtype) -> nn.Parameter:
+        """Shape, dtype and device of a matrix in the memory of one number: NaN, so that what forgets to gather shows."""
+        one = torch.full((1,), torch.nan, dtype=dtype, device=self.device)
+        return nn.Parameter(one.expand(shape), requires_grad=False)
+
+    def _fill(self, unit: Unit, read: Read, dtype: torch.dtype) -> None:
+        size = -(-unit.size // self.ranks)
+        first = size * self.rank
+        unit.part = torch.zeros(size, dtype=dtype, device=self.device)
+        for name, shape, start in zip(unit.names, unit.shapes, unit.starts, strict=True):
+            low, high = max(first, start), min(first + size, start + shape.numel())
+            if low < high:
+                unit.part[low - first : high - first] = read(name, low - start, high - start).detach()
+
+    # ---- what a layer asks for
+
+    def matrix(self, u: int, i: int) -> Tensor:
+        """Matrix i of unit u, whole. To be used at once: it is given up when another unit is asked for."""
+        return self.units[u].view(self._flat(u), i)
+
+    def named_parameters(self, hf: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """As `hf.named_parameters()`, with the real values, each of which is to be used before the next is asked for."""
+        for name, parameter in hf.named_parameters():
+            yield name, self.matrix(*self._place[name]) if name in self._place else parameter
+
+    @property
+    def working_bytes(self) -> int:
+        """Most bytes of gathered units at a time: the one at work and another."""
+        sizes = sorted(unit.part.nbytes * self.ranks for unit in self.units)
+        return sum(sizes[-2:])
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Within the context the whole base is in this rank's memory and nothing is gathered after the start."""
+        try:
+            for u in range(len(self.units)):
+                self._held[u] = self._flat(u)
+            self._now = None
+            yield
+        finally:
+            self._held = {}
+
+    # ---- rounds
+
+    def _flat(self, u: int) -> Tensor:
+        if u in self._held:
+            return self._held[u]
+        if self._now is not None and self._now[0] == u:
+            # a round in the background moves on when somebody looks after it
+            self._turn(wait=False)
+            return self._now[1]
+        self._now = None
+        begin = time.perf_counter()
+        while self._arrived is None or self._arrived[0] != u:
+            if self._want < 0:
+                self._arrived = None
+                self._ask(u)
+            self._turn(wait=True)
+        self._now, self._arrived = self._arrived, None
+        self.waited += time.perf_counter() - begin
+        before, last = self._recent
+        self._next[before, last] = u
+        self._recent = (last, u)
+        foretold = self._next.get(self._recent, u)
+        if foretold != u and foretold not in self._held:
+            self._ask(foretold)
+        return self._now[1]
+
+    def settle(self) -> None:
+        """Give other ranks what they ask for until no rank asks for anything."""
+        begin = time.perf_counter()
+        self._now = None
+        while self._want >= 0:
+            self._turn(wait=True)
+        self._ask(-1)
+        while self._talk is not None or self._move is not None:
+            self._turn(wait=True)
+        self._served = 0
+        self.waited += time.perf_counter() - begin
+
+    def _ask(self, u: int) -> None:
+        """Begin a round in which this rank wants unit u (-1: none)."""
+        self._want = u
+        answers = torch.empty(self.ranks, 2, dtype=torch.long)
+        own = torch.tensor([u, self._served])
+        self._talk = (
+            dist.all_gather_into_tensor(answers.view(-1), own, group=self._talks, async_op=True),
+            answers,
+        )
+
+    def _turn(self, wait: bool) -> None:
+        """Take the round in progress one stage on, if there is one and the stage before is over (or after waiting)."""
+        if self._talk is not None:
+            work, answers = self._talk
+            if wait or work.is_completed():
+                work.wait()
+                self._talk = None
+                u = _chosen(answers.tolist())
+                if u >= 0:
+                    part = self.units[u].part
+                    flat = torch.empty(part.numel() * self.ranks, dtype=part.dtype, device=part.device)
+                    # as bytes: not every backend knows every dtype
+                    out, own = flat.view(torch.uint8), part.view(torch.uint8)
+                    work = dist.all_gather_into_tensor(out, own, group=self._moves, async_op=True)
+                    self._move = (work, u, flat)
+        elif self._move is not None:
+            work, u, flat = self._move
+            if wait or work.is_completed():
+                work.wait()
+                self._move = None
+                if u == self._want:
+                    self._arrived, self._want = (u, flat), -1
+                    self._served += 1
+                else:
+                    self._ask(self._want)
+
+
+def _chosen(answers: list[list[int]]) -> int:
+    """The unit that a round gathers, from what each rank wants and how many units it has got: the rank that has got
+    least goes first, and whoever wants the same gets it too. -1 when no rank wants any.
+    """
+    wanting = [(served, rank, want) for rank, (want, served) in enumerate(answers) if want >= 0]
+    return min(wanting)[2] if wanting else -1
+
+
+class ShardedLinear(nn.Linear):
+    """A frozen linear layer whose weight is gathered for every product and not kept."""
+
+    matrix: frozen.Matrix
+
+    def forward(self, x: Tensor) -> Tensor:
+        return frozen.linear(x, self.matrix, self.bias)
+
+
+class ShardedEmbedding(nn.Embedding):
+    """A frozen embedding whose weight is gathered for every look-up."""
+
+    matrix: frozen.Matrix
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.embedding(input, self.matrix())
+
+
+def _sharded_class(module: nn.Module) -> type:
+    """The module's class with its call of torch's own `forward` going to ours (Gemma's embedding scales what that returns)."""
+    cls, kind = type(module), ShardedLinear if isinstance(module, nn.Linear) else ShardedEmbedding
+    return kind if cls in (nn.Linear, nn.Embedding) else type(f"Sharded{cls.__name__}", (cls, kind), {})
