@@ -170,7 +170,13 @@ def _open(recipe: Recipe, world: World) -> Run:
 def _tasks(recipe: Recipe) -> tuple[list[Task], list[Task], list[Task]]:
     """Training tasks, held-out tasks, and the few-shot pool; no problem text is in two of them."""
     p, seed = recipe.problems, recipe.run.seed
-    common: dict[str, Any] = {"gym": p.gym, "columns": vars(p.columns), "verifier": p.verifier, "seed": seed}
+    common: dict[str, Any] = {
+        "gym": p.gym,
+        "columns": vars(p.columns),
+        "verifier": p.verifier,
+        "demonstrations": p.demonstrations,
+        "seed": seed,
+    }
     found = load_tasks(p.train, split=p.split, size=p.size, weights=p.weights, **common)
     held = None
     if p.heldout is not None:
