@@ -22,16 +22,17 @@ import yaml
 from rich.console import Console
 from rich.progress import Progress
 
-from mass import checkpoint, recipe
+from mass import checkpoint, chooser, recipe, teacher
 from mass.blocks import Split, split
-from mass.choices import Kit
+from mass.choices import Guard, Kit, Knobs, Teacher
+from mass.choices.guards import fisher_information
 from mass.episode import answer_sampling, example_sampling
 from mass.errors import MassError
 from mass.forward import check_model
 from mass.log import no_space
 from mass.lora import LoraShape, attach, load_peft, read_peft_shape
-from mass.methods import METHODS, Record, find, solve
-from mass.model import LanguageModel, load
+from mass.methods import AUTO, METHODS, Record, find, solve
+from mass.model import LanguageModel, language_model, load
 from mass.optimizers import Rule
 from mass.problems import BadLine, Problem, Task, draw_pool, load_problems, load_tasks, text_problem
 from mass.prompts import make_prompts
@@ -50,6 +51,9 @@ class Plan:
     recipe: Recipe
     step: Path | None = None
     peft: Path | None = None
+    # tokens that a problem may cost; who writes the examples of `tt-d`: a model, or http://HOST:PORT/v1#MODEL
+    budget: int | None = None
+    teacher: str | None = None
 
     @property
     def has_pool(self) -> bool:
@@ -88,7 +92,7 @@ def plan(run: str | None, model: str | None, overrides: Sequence[str] = ()) -> P
 
 
 def build_kit(plan: Plan) -> Kit:
-    """Load the model, the policy, the scorer and the shots that a plan names."""
+    """Load the model, the policy, the scorer, the shots and the teacher that a plan names."""
     r = plan.recipe
     pool = _pool(plan)
     m = r.model
@@ -122,7 +126,7 @@ def build_kit(plan: Plan) -> Kit:
     parts = _parts(lm)
     g, i = r.generate, r.inner
     keys = [f"{name}.{kind}" for name in lm.lora for kind in "AB"]
-    return Kit(
+    kit = Kit(
         lm,
         make_prompts(tokenizer, r.prompt.style, r.prompt.solve_instruction, r.prompt.generate_instruction),
         Rule(i.optimizer, i.momentum, i.beta1, i.beta2, i.eps, i.eps_root, i.clip),
@@ -143,7 +147,30 @@ def build_kit(plan: Plan) -> Kit:
         parts=parts,
         recompute=i.checkpoint,
         seed=r.run.seed,
+        budget=plan.budget,
+        teacher=_teacher(r, plan.teacher, tokenizer) if plan.teacher else None,
+        guard=Guard(**dataclasses.asdict(r.guard)),
+        knobs=_knobs(r),
+        chooser=chooser.load(plan.step.parent) if plan.step else None,
     )
+    return dataclasses.replace(kit, fisher=fisher_information(kit)) if r.guard.fisher else kit
+
+
+def _knobs(r: Recipe) -> Knobs:
+    values = dataclasses.asdict(r.knobs)
+    # of the teacher alone
+    del values["teacher_seconds"]
+    return Knobs(**values)
+
+
+def _teacher(r: Recipe, name: str, tokenizer: Any) -> Teacher:
+    sampling = example_sampling(r)
+    if name.startswith(("http://", "https://")):
+        return teacher.address(name, tokenizer, sampling, r.knobs.teacher_seconds)
+    m = r.model
+    other = language_model(name, None, dtype=m.dtype, device=m.device, cache=m.cache, attention=m.attention)
+    check_model(other.hf)
+    return teacher.local(other, make_prompts(other.tokenizer, "auto"), sampling)
 
 
 def adapt_problems(
@@ -248,6 +275,7 @@ def _pool(plan: Plan) -> list[Task]:
         columns=dataclasses.asdict(p.columns),
         verifier=p.verifier,
         seed=r.run.seed,
+        demonstrations=p.demonstrations,
     )
     return draw_pool(tasks, r.prompt.pool, r.run.seed)[0]
 
@@ -284,6 +312,16 @@ def _unread(bad: BadLine, method: str) -> Record:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script. Returns the exit code: 0, or 2 for what the user has to mend."""
+    argv = sys.argv[1:] if argv is None else argv
+    if list(argv[:1]) == ["fit"]:
+        # it builds on this module
+        from mass import fit
+
+        try:
+            return fit.main(argv[1:])
+        except MassError as error:
+            print(f"mass-adapt fit: {error}", file=sys.stderr)
+            return 2
     args = _parser().parse_intermixed_args(argv)
     # libraries may print: standard output is for the answers alone
     out = sys.stdout
@@ -311,8 +349,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "mass-adapt",
-        description="Adapt to each problem and answer it.",
-        epilog=f"METHOD is one of {', '.join(METHODS)}. KEY=VALUE changes the run's recipe for this call, e.g. "
+        description="Adapt to each problem and answer it. `mass-adapt fit --help`: learn which method pays (auto).",
+        epilog=f"METHOD is one of {', '.join([*METHODS, AUTO])}. KEY=VALUE changes the run's recipe for this call, e.g. "
         "inner.steps=1 generate.examples=12; mass-train --help has all keys. docs/test-time.md says more.",
         allow_abbrev=False,
     )
@@ -327,6 +365,12 @@ def _parser() -> argparse.ArgumentParser:
         "--file", metavar="F.jsonl", help='problems, one JSON object a line: {"problem": "..."}'
     )
     parser.add_argument("--method", help="default: mass where there is a scorer, else quest")
+    parser.add_argument(
+        "--budget", type=int, metavar="TOKENS", help="generated plus trained tokens that a problem may cost"
+    )
+    parser.add_argument(
+        "--teacher", metavar="MODEL", help="of tt-d: a model, or an address http://HOST:PORT/v1#MODEL"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object a problem, a line each")
     parser.add_argument("--out", metavar="FILE", help="also write the JSON lines to this new file")
     parser.add_argument("--batch", type=int, default=8, metavar="T", help="problems adapted together (8)")
@@ -351,14 +395,26 @@ def _run(args: argparse.Namespace, out: IO[str]) -> None:
         raise MassError(f"--batch {args.batch}: it wants 1 or more")
     wanted = plan(args.run, args.model, overrides)
     method = args.method or ("mass" if wanted.step else "quest")
-    find(method, has_scorer=wanted.step is not None, has_pool=wanted.has_pool)
-    problems = _problems(args)
+    find(
+        method,
+        has_scorer=wanted.step is not None,
+        has_pool=wanted.has_pool,
+        has_teacher=args.teacher is not None,
+        has_chooser=wanted.step is not None and chooser.load(wanted.step.parent) is not None,
+    )
+    least = wanted.recipe.generate.answer_tokens
+    if args.budget is not None and args.budget < least:
+        raise MassError(
+            f"--budget {args.budget} is less than generate.answer_tokens={least}, which one answer may take: raise it, or "
+            "lower that."
+        )
+    problems = _problems(args, wanted.recipe)
     if args.method is None and not wanted.step:
         _say("there is no trained scorer here, so the method is quest: all examples count alike")
     torch.set_num_threads(wanted.recipe.run.threads)
     if args.out is not None and Path(args.out).exists():
         raise MassError(f"--out {args.out} exists, and nothing is overwritten: name another file")
-    kit = build_kit(wanted)
+    kit = build_kit(dataclasses.replace(wanted, budget=args.budget, teacher=args.teacher))
     with contextlib.nullcontext() if args.out is None else _new(args.out) as file:
         console = Console(file=out, highlight=False, width=None if out.isatty() else 120)
         live = Progress(
@@ -385,7 +441,7 @@ def _run(args: argparse.Namespace, out: IO[str]) -> None:
                 live.start()
 
 
-def _problems(args: argparse.Namespace) -> list[Problem | BadLine]:
+def _problems(args: argparse.Namespace, r: Recipe) -> list[Problem | BadLine]:
     sources = {"--problem": args.problem, "--file": args.file, "-": "-" if "-" in args.settings else None}
     given = [name for name, value in sources.items() if value is not None]
     if len(given) != 1:
@@ -393,7 +449,7 @@ def _problems(args: argparse.Namespace) -> list[Problem | BadLine]:
         raise MassError(f"one of --problem TEXT, --file F.jsonl and - (standard input) is wanted; {found}")
     if args.problem is not None:
         return [text_problem(args.problem)]
-    return load_problems(args.file or "-")
+    return load_problems(args.file or "-", demonstrations=r.problems.demonstrations, seed=r.run.seed)
 
 
 def _new(path: str) -> IO[str]:

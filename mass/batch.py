@@ -8,7 +8,7 @@ a prompt token are never made.
 """
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,10 +16,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sequence:
-    """One training sequence: the first `prompt` tokens are context, the others are to be learned."""
+    """One training sequence: the first `prompt` tokens are context, the others are to be learned, except those at the
+    positions `skip` (what stands between several solutions)."""
 
     tokens: list[int]
     prompt: int
+    skip: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Packed:
     label_M    int64, the target token
     owner_M    int64, t * N + n: the example that the target token belongs to
     count_TN   int64, target tokens of each example (0: absent or malformed)
+    length_TN  int64 on the CPU, tokens of each example's whole sequence (0: absent)
     padding    share of the T*P*S tokens that are padding
     mask_B1SS  bool, True where a query (third axis) may look at a key; None: the position ids say it all
     """
@@ -43,6 +46,7 @@ class Packed:
     label_M: Tensor
     owner_M: Tensor
     count_TN: Tensor
+    length_TN: Tensor
     padding: float
     mask_B1SS: Tensor | None = None
 
@@ -67,6 +71,19 @@ class Packed:
     def mean_by_example(self, value_M: Tensor) -> Tensor:
         """Mean over each example's target tokens, [T, N]; 0 for an example without any."""
         return self.sum_by_example(value_M) / self.count_TN.clamp(min=1)
+
+    def only(self, keep_M: Tensor) -> "Packed":
+        """The same sequences with the target tokens `keep_M` (bool) alone."""
+        owner_M = self.owner_M[keep_M]
+        count_TN = torch.bincount(owner_M, minlength=self.count_TN.numel()).view(self.count_TN.shape)
+        return replace(
+            self,
+            place_M=self.place_M[keep_M],
+            own_M=self.own_M[keep_M],
+            label_M=self.label_M[keep_M],
+            owner_M=owner_M,
+            count_TN=count_TN,
+        )
 
     def spread(self, value_TN: Tensor) -> Tensor:
         """The transpose of `mean_by_example`: each target token's share of its example's value, [M]."""
@@ -100,6 +117,7 @@ def pack(
     # 0: padding; -1: a shared prefix; 1, 2, ...: a sequence of its row
     segment = torch.zeros(shape, dtype=torch.long)
     count = torch.zeros(len(tasks), most, dtype=torch.long)
+    whole = torch.zeros(len(tasks), most, dtype=torch.long)
     columns: list[list[Tensor]] = [[], [], [], []]
     filled_tokens = 0
     for t, task in enumerate(present):
@@ -120,13 +138,13 @@ def pack(
             filled[p] = end
             # Where token j of the sequence lies in the T*P*S hidden states.
             at = torch.cat([torch.arange(head), torch.arange(start, end)]) + (t * height + p) * width
-            targets = max(0, length - first)
-            owner = torch.full((targets,), t * most + n)
+            target = torch.tensor([j for j in range(first, length) if j not in s.skip], dtype=torch.long)
+            owner = torch.full((len(target),), t * most + n)
             for column, part in zip(
-                columns, (at[first - 1 : -1], at[first:], row_tokens[first:], owner), strict=True
+                columns, (at[target - 1], at[target], row_tokens[target], owner), strict=True
             ):
-                column.append(part[:targets])
-            count[t, n] = targets
+                column.append(part)
+            count[t, n], whole[t, n] = len(target), length
         filled_tokens += sum(filled)
     place, own, label, owners = (
         torch.cat(c).to(device) if c else count.new_zeros(0).to(device) for c in columns
@@ -134,7 +152,16 @@ def pack(
     mask = _mask(segment.flatten(0, 1)).to(device) if any(prefix) else None
     padding = 1 - filled_tokens / max(1, tokens.numel())
     return Packed(
-        tokens.to(device), positions.to(device), place, own, label, owners, count.to(device), padding, mask
+        tokens.to(device),
+        positions.to(device),
+        place,
+        own,
+        label,
+        owners,
+        count.to(device),
+        whole,
+        padding,
+        mask,
     )
 
 

@@ -80,6 +80,15 @@ def token_logprobs(
     return _HeadLogprob.apply(hidden_MD, packed.label_M, hf)
 
 
+def logprobs_and_entropies(
+    hf: PreTrainedModel, layers: Layers, packed: Packed, adapter: Adapter | None
+) -> tuple[Tensor, Tensor]:
+    """log p(target token) and the entropy in nats of the distribution it comes from, [M] each, once differentiable."""
+    with using(layers, adapter):
+        hidden_MD = _body(hf, packed).flatten(0, 1)[packed.place_M]
+    return _HeadLogprob.apply(hidden_MD, packed.label_M, hf), _HeadEntropy.apply(hidden_MD, hf)
+
+
 def example_loss(packed: Packed, logprob_M: Tensor) -> Tensor:
     """Mean cross-entropy of each example's target tokens, [T, N]; 0 where an example has none."""
     return -packed.mean_by_example(logprob_M)
@@ -150,6 +159,30 @@ class _HeadLogprob(torch.autograd.Function):
     def backward(ctx, grad_M: Tensor):  # type: ignore[no-untyped-def]
         (jacobian_MD,) = ctx.saved_tensors
         return (grad_M.unsqueeze(1) * jacobian_MD.to(grad_M.dtype)).to(jacobian_MD.dtype), None, None
+
+
+class _HeadEntropy(torch.autograd.Function):
+    """The same for the entropy of each row's distribution."""
+
+    @staticmethod
+    def forward(ctx, hidden_MD: Tensor, hf: PreTrainedModel) -> Tensor:  # type: ignore[no-untyped-def]
+        entropies, jacobians = [], []
+        for h in hidden_MD.detach().split(chunk_rows(hf)):
+            with torch.enable_grad():
+                h = h.requires_grad_()
+                logprob_MV = logits(hf, h).log_softmax(1)
+                entropy = -(logprob_MV.exp() * logprob_MV).sum(1)
+                (j,) = torch.autograd.grad(entropy.sum(), h)
+            entropies.append(entropy.detach())
+            jacobians.append(j)
+        ctx.save_for_backward(torch.cat(jacobians))
+        return torch.cat(entropies)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_M: Tensor):  # type: ignore[no-untyped-def]
+        (jacobian_MD,) = ctx.saved_tensors
+        return (grad_M.unsqueeze(1) * jacobian_MD.to(grad_M.dtype)).to(jacobian_MD.dtype), None
 
 
 def pick(logits_MV: Tensor, label_M: Tensor) -> Tensor:

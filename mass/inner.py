@@ -15,6 +15,8 @@ from mass.optimizers import Rule, Tensors
 
 # adapter -> (loss_TN, gradient of sum_i w_i l_i / N): one first-order pass over the examples
 Gradient = Callable[[Adapter], tuple[Tensor, Adapter]]
+# (k, adapter after step k) -> the adapter that the next step starts from; nothing differentiates through it
+Settle = Callable[[int, Adapter], Adapter]
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,12 @@ def adapt(
     *,
     last: Gradient | None = None,
     count: int = 0,
+    settle: Settle | None = None,
 ) -> Trajectory:
     """Take K steps from `start` [T, ...]. `lr` holds a 0-d tensor for each adapter tensor.
 
     `last`: makes the gradient of the last `count` steps, for an engine that keeps their graph (`metagrad.Reverse`).
+    `settle`: test time alone.
     """
     lr = {key: value.detach() for key, value in lr.items()}
     adapter = {key: tensor.detach() for key, tensor in start.items()}
@@ -67,6 +71,7 @@ def adapt(
         taken.append(Step(adapter, state, grad, loss_TN))
         with torch.no_grad():
             adapter, state = optimizers.update(rule, k, grad, state, adapter, lr)
+            adapter = adapter if settle is None else settle(k, adapter)
     return Trajectory(taken, adapter, rule, lr)
 
 

@@ -1,7 +1,7 @@
 """Write practice examples for T problems, weigh them, and fine-tune on them: what training and test time share."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 
@@ -68,8 +68,37 @@ def write_examples(
     Shots are given a target. `adapter` has one task axis entry (the policy), or is None for the base model. Examples
     too long for the model's context are malformed ("truncated").
     """
+    rollouts = draw_examples(
+        lm, prompts, targets, generate_shots=generate_shots, adapter=adapter, seeds=seeds, sampling=sampling
+    )
+    practice = read_examples(lm, prompts, targets, rollouts, solve_shots)
     asked = [prompts.generate(text, shots) for text, shots in zip(targets, generate_shots, strict=True)]
-    rollouts = _draw(lm, prompts, asked, seeds, sampling, adapter, None)
+    return replace(practice, prompts=asked)
+
+
+def draw_examples(
+    lm: LanguageModel,
+    prompts: Prompts,
+    targets: Seq[str],
+    *,
+    generate_shots: Seq[Seq[tuple[str, str, str]]],
+    adapter: Adapter | None,
+    seeds: Seq[Seq[int]],
+    sampling: Sampling,
+) -> list[list[Rollout]]:
+    """The first half of `write_examples`: what the model writes."""
+    asked = [prompts.generate(text, shots) for text, shots in zip(targets, generate_shots, strict=True)]
+    return _draw(lm, prompts, asked, seeds, sampling, adapter, None)
+
+
+def read_examples(
+    lm: LanguageModel,
+    prompts: Prompts,
+    targets: Seq[str],
+    rollouts: list[list[Rollout]],
+    solve_shots: Seq[Seq[tuple[str, str]]],
+) -> Practice:
+    """The second half: what its texts mean (`prompts` of the Practice is empty)."""
     examples = [
         filter_examples([parse_example(r.text, finished=r.finished) for r in own], target)
         for own, target in zip(rollouts, targets, strict=True)
@@ -78,11 +107,11 @@ def write_examples(
     examples = [
         [
             replace(e, valid=False, reason="truncated") if e.valid and not ok else e
-            for e, ok in zip(own, fits, strict=True)
+            for e, ok in zip(own, fits, strict=False)
         ]
         for own, fits in zip(examples, valid_TN.tolist(), strict=True)
     ]
-    return Practice(asked, rollouts, examples, packed, valid_TN)
+    return Practice([], rollouts, examples, packed, valid_TN)
 
 
 def pack_examples(
@@ -138,12 +167,13 @@ def features(
 
 @dataclass(frozen=True)
 class Tuned:
-    """T adapters after K steps, and the weighted inner loss of each task before and after, [T]."""
+    """T adapters after K steps, the weighted inner loss of each task before and after, [T], and each example's, [T, N]."""
 
     trajectory: Trajectory
     before_T: Tensor
     after_T: Tensor
     exploded_T: Tensor
+    last_TN: Tensor
 
 
 def fine_tune(
@@ -159,10 +189,13 @@ def fine_tune(
     parts: Split | None = None,
     last: Gradient | None = None,
     count: int = 0,
+    pull: Callable[[Adapter], Adapter] | None = None,
+    settle: inner.Settle | None = None,
 ) -> Tuned:
     """K weighted fine-tuning steps of T adapters on their examples. `parts`: recompute activations block by block.
 
-    `last`, `count`: as in `inner.adapt`.
+    `last`, `count`: as in `inner.adapt`. Test time alone: `pull` is added to the gradient at an adapter, `settle` follows
+    each step (`inner.adapt`).
     """
     n = weight_TN.shape[1]
 
@@ -178,14 +211,18 @@ def fine_tune(
             lambda logprob_M: total(example_loss(packed, logprob_M)),
             parts=parts,
         )
+        if pull is not None:
+            more = pull(adapter)
+            grad = {key: g + more[key] for key, g in grad.items()}
         return example_loss(packed, logprob_M), grad
 
-    trajectory = inner.adapt(gradient, start, rule, lr, steps, last=last, count=count)
+    trajectory = inner.adapt(gradient, start, rule, lr, steps, last=last, count=count, settle=settle)
     with torch.no_grad():
         last_TN = example_loss(packed, token_logprobs(lm.hf, lm.lora, packed, trajectory.adapter))
     before_T = (weight_TN * trajectory.steps[0].loss_TN).sum(1) / n
     after_T = (weight_TN * last_TN).sum(1) / n
-    return Tuned(trajectory, before_T, after_T, inner.exploded(before_T, after_T, max_growth))
+    exploded_T = inner.exploded(before_T, after_T, max_growth)
+    return Tuned(trajectory, before_T, after_T, exploded_T, last_TN)
 
 
 def answer(
@@ -197,11 +234,17 @@ def answer(
     adapter: Adapter | None,
     sampling: Sampling,
     seeds: Seq[Seq[int]],
+    adapter_of: Seq[int] | None = None,
 ) -> list[list[Rollout]]:
-    """len(seeds[t]) solutions of each target t. An `adapter` of T tasks gives each target its own; of one, the same."""
+    """len(seeds[t]) solutions of each target t. An `adapter` of T tasks gives each target its own; of one, the same.
+
+    `adapter_of[t]`, where given, is the adapter of target t.
+    """
     asked = [prompts.solve(text, own) for text, own in zip(targets, shots, strict=True)]
     many = adapter is not None and next(iter(adapter.values())).shape[0] > 1
-    return _draw(lm, prompts, asked, seeds, sampling, adapter, range(len(targets)) if many else None)
+    if adapter_of is None and many:
+        adapter_of = range(len(targets))
+    return _draw(lm, prompts, asked, seeds, sampling, adapter, adapter_of if many else None)
 
 
 def _draw(

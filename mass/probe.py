@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mass import episode, outer, scorer
-from mass.choices import own_answers
+from mass.choices import Room, own_answers
 from mass.episode import Result, Setting
 from mass.inner import Step
 from mass.lora import Adapter, expand
@@ -134,7 +134,10 @@ def probe(
         how = "verifier"
         for batch in batches:
             say("own answers, for the verifier to judge")
-            practice = own_answers(episode.kit(setting, policy, eta, {}), [task.problem for task in batch])
+            problems = [task.problem for task in batch]
+            practice = own_answers(
+                episode.kit(setting, policy, eta, {}), problems, Room(None, 0, False, [[] for _ in batch])
+            )
             judged.append(episode.run(setting, batch, STEP, policy, eta, {}, practice=practice))
         right = [_verified(setting, x.practice, b) for x, b in zip(judged, batches, strict=True)]
     credit_TN = torch.cat([x.credit_TN for x in judged])

@@ -20,7 +20,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mass import rewards, worlds
+from mass import demonstrations as shown
+from mass import grids, rewards, worlds
 from mass.errors import MassError
 
 _log = logging.getLogger(__name__)
@@ -34,11 +35,15 @@ _SHOWN = 5  # bad lines named in one message
 
 @dataclass(frozen=True)
 class Problem:
-    """What test time sees: a unique id, the question, and demonstrations (input, output) where it has some."""
+    """What test time sees: a unique id, the question, and demonstrations (input, output) where it has some.
+
+    `grids`: question, inputs and outputs are grids of digits (`mass.grids`), given as such.
+    """
 
     id: str
     text: str
     demonstrations: tuple[tuple[str, str], ...] = ()
+    grids: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,7 @@ def load_tasks(
     columns: Mapping[str, str] | None = None,
     verifier: str = "auto",
     seed: int = 0,
+    demonstrations: int = 0,
 ) -> list[Task]:
     """All tasks of one source or of a mixture, in a fixed order, with unique ids.
 
@@ -95,6 +101,7 @@ def load_tasks(
     choice of a file. The problems of one differ in content, so a small family may give fewer; that is logged.
     `split` picks the split of a dataset, and makes the gym's stream of problems differ from that of any other split. A
     world's "train" are the problems that it has for training; any other split is what it holds out.
+    `demonstrations`: so many solved problems of each subject of a file or dataset demonstrate its others.
     `verifier` "auto" is gym for a gym, numeric for an answer that is one number, math for one with LaTeX, else exact.
     Raises MassError that names the source, the lines (up to 5, and how many) or the setting, and the way out.
     """
@@ -132,7 +139,7 @@ def load_tasks(
         if name.startswith("world:"):
             tasks += _world_tasks(worlds.find(name, world), share or 0, split, seed)
             continue
-        found = _unique(_row_tasks(name, split, names, verifier))
+        found = _unique(_row_tasks(name, split, names, verifier, demonstrations, seed))
         if share is not None and share > len(found):
             raise MassError(
                 f"problems.weights asks for {share} problems of {name}, which has {len(found)}. "
@@ -144,11 +151,14 @@ def load_tasks(
     return _unique(tasks)
 
 
-def load_problems(path: str, *, columns: Mapping[str, str] | None = None) -> list[Problem | BadLine]:
+def load_problems(
+    path: str, *, columns: Mapping[str, str] | None = None, demonstrations: int = 0, seed: int = 0
+) -> list[Problem | BadLine]:
     """Problems of test time from a JSONL file, or from standard input when `path` is "-".
 
-    Keys of a line: `problem`, optional `id` and `demonstrations` (a list of pairs or of {"input", "output"}); an answer
-    in the file is not read. Standard input whose first character is not `{` is one problem in plain text. Raises
+    Keys of a line: `problem`, optional `id` and `demonstrations` (a list of pairs or of {"input", "output"}); or an ARC
+    task (`train` and `test`). An answer in the file is not read, except those of the problems that `demonstrations`, a
+    number, sets aside of each subject to demonstrate its others (`mass.demonstrations`). Standard input whose first character is not `{` is one problem in plain text. Raises
     MassError for a file that is missing or has no line.
     """
     names = _column_names(columns)
@@ -164,7 +174,8 @@ def load_problems(path: str, *, columns: Mapping[str, str] | None = None) -> lis
     found: list[Problem | BadLine] = []
     taken: set[str] = set()
     lines = data.split(b"\n")
-    for line, row in _json_lines(data):
+    rows = shown.spread(_json_lines(data), names["problem"])
+    for line, row in shown.set_aside(rows, demonstrations, seed, names["problem"], names["answer"], where):
         try:
             problem = _problem(_object(row), names)
         except ValueError as error:
@@ -211,7 +222,9 @@ def _json_lines(data: bytes) -> Iterator[tuple[int, Any]]:
             yield line, ValueError(f"not JSON ({error})")
 
 
-def _row_tasks(name: str, split: str, names: dict[str, str], verifier: str) -> list[Task]:
+def _row_tasks(
+    name: str, split: str, names: dict[str, str], verifier: str, demonstrations: int, seed: int
+) -> list[Task]:
     path = Path(name).expanduser()
     rows: Iterable[tuple[int, Any]]
     if name.endswith((".jsonl", ".json")) or path.is_file():
@@ -219,7 +232,8 @@ def _row_tasks(name: str, split: str, names: dict[str, str], verifier: str) -> l
     else:
         unit, stem, rows = "row", name.rpartition("/")[2].partition(":")[0], _dataset_rows(name, split, names)
     tasks, bad = [], []
-    for position, row in rows:
+    rows = shown.spread(rows, names["problem"])
+    for position, row in shown.set_aside(rows, demonstrations, seed, names["problem"], names["answer"], name):
         try:
             fields = _object(row)
             # A recipe names the columns of its hub data set; a file of our own format put in its place has our names.
@@ -293,19 +307,10 @@ def _problem(row: Mapping[str, Any], names: Mapping[str, str]) -> Problem:
     text = _text(row, names["problem"])
     if not text:
         raise ValueError(f"no {names['problem']!r}")
-    return Problem(_text(row, names["id"]) or content_key(text), text, _demonstrations(row))
-
-
-def _demonstrations(row: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    try:
-        items = row.get("demonstrations") or ()
-        pairs = [(item["input"], item["output"]) if isinstance(item, dict) else item for item in items]
-        shown = tuple((before, after) for before, after in pairs)
-        return tuple((_encodable(before, "input"), _encodable(after, "output")) for before, after in shown)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"'demonstrations' is not a list of [input, output] or {{input, output}} with text in them ({error})"
-        ) from error
+    pairs, as_grids = shown.pairs(row)
+    # the same test grid may belong to two tasks
+    key = content_key(f"{text}\n{pairs}") if pairs else content_key(text)
+    return Problem(_text(row, names["id"]) or key, text, pairs, as_grids and grids.read(text) is not None)
 
 
 def _task(row: Mapping[str, Any], names: Mapping[str, str], stem: str, verifier: str) -> Task:
@@ -335,8 +340,7 @@ def _kind(answer: str) -> str:
 def _solution(solution: str, answer: str) -> str:
     if solution and rewards.canonical(rewards.find_answer(solution) or "") == rewards.canonical(answer):
         return solution
-    line = f"Answer:\n{answer}" if "\n" in answer else f"Answer: {answer}"
-    return f"{solution}\n{line}" if solution else line
+    return f"{solution}\n{shown.stated(answer)}" if solution else shown.stated(answer)
 
 
 # Problems from reasoning-gym

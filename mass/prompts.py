@@ -70,21 +70,12 @@ class Prompts:
     def generate(self, text: str, shots: Sequence[GenerateShot] = ()) -> list[int]:
         """The prompt whose continuation is a problem similar to `text` with its solution, as `parse_example` reads it."""
         if self.style == "chat":
-            turns = []
-            for given, similar, solution in shots:
-                turns += [
-                    self._ask_similar(given),
-                    f"Problem: {similar.strip()}\nSolution: {solution.strip()}",
-                ]
-            return self._chat([*turns, self._ask_similar(text)])
+            return self._chat(chat_turns(self.generate_instruction, text, shots))
         blocks = [
             f"Problem: {_close_up(given)}\nNew problem: {_close_up(similar)}\nSolution: {_close_up(solution)}"
             for given, similar, solution in shots
         ]
         return self._plain(self.generate_instruction, [*blocks, f"Problem: {_close_up(text)}\nNew problem:"])
-
-    def _ask_similar(self, text: str) -> str:
-        return f"{self.generate_instruction}\n\n{text.strip()}\n\n{CHAT_FORM}".strip()
 
     def solution(self, text: str) -> list[int]:
         """What the model must write after `solve(...)`: the solution `text` and what ends it in this style."""
@@ -98,6 +89,26 @@ class Prompts:
         asked = self._encode("Solution:")
         full = self._encode(f"Solution: {_close_up(text)}\n\nProblem:")
         return full[len(asked) : -self._label_tokens]
+
+    def in_context(
+        self, text: str, solution: str, shots: Sequence[SolveShot]
+    ) -> tuple[list[int], list[range]] | None:
+        """solve(text, shots) with its solution, and where the tokens of each solution in it lie, the shots' first.
+
+        None where the tokenizer writes a shot's solution otherwise than as an answer (never seen; it is looked at).
+        """
+        asked = self.solve(text, shots)
+        spans = []
+        for k, (problem, said) in enumerate(shots):
+            opened, own = self.solve(problem, shots[:k]), self.solution(said)
+            # some templates open the last answer in another way (Qwen3): what is common ends before that
+            same = (a == b for a, b in zip(opened, asked, strict=False))
+            start = next((i for i, equal in enumerate(same) if not equal), min(len(opened), len(asked)))
+            if asked[start : start + len(own)] != own:
+                return None
+            spans.append(range(start, start + len(own)))
+        whole = [*asked, *self.solution(solution)]
+        return whole, [*spans, range(len(asked), len(whole))]
 
     @cached_property
     def stop_ids(self) -> list[int]:
@@ -155,6 +166,18 @@ class Prompts:
                 "or ends it without a control token. Set prompt.style=plain"
             )
         return after[0]
+
+
+def chat_turns(instruction: str, text: str, shots: Sequence[GenerateShot] = ()) -> list[str]:
+    """What a user and an assistant say in turn until the assistant has to write a problem similar to `text`."""
+
+    def ask(given: str) -> str:
+        return f"{instruction}\n\n{given.strip()}\n\n{CHAT_FORM}".strip()
+
+    turns: list[str] = []
+    for given, similar, solution in shots:
+        turns += [ask(given), f"Problem: {similar.strip()}\nSolution: {solution.strip()}"]
+    return [*turns, ask(text)]
 
 
 def make_prompts(

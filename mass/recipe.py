@@ -207,6 +207,14 @@ def _contradictions(r: Recipe) -> Iterator[tuple[str, str]]:
 def _training_contradictions(r: Recipe) -> Iterator[tuple[str, str]]:
     """The same, for settings that only the outer loop minds."""
     truncate = r.meta_gradient.truncate
+    for name in keys_of("guard"):
+        value = getattr(r.guard, name.partition(".")[2])
+        if value != KEYS[name].default:
+            yield (
+                name,
+                f"{said(name, value)}: a guard of test time, which the meta-gradient does not differentiate through. "
+                f"Leave it out here, and give it to mass-adapt.",
+            )
     if r.generate.examples < 2 and r.outer.lr_scorer > 0:
         yield (
             "generate.examples outer.lr_scorer",

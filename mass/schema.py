@@ -91,6 +91,9 @@ class Problems:
     )
     split: str = _key("train", "split of a hub data set to train on; a slice like train[:1000] will do")
     heldout_split: str = _key("test", "split of a hub data set to hold out")
+    demonstrations: int = _key(
+        0, "solved problems of each subject of a file set aside to demonstrate its others; 0 = none", ge=0
+    )
     verifier: Literal["auto", "exact", "numeric", "math", "gym"] = _key("auto", "how an answer is checked")
 
 
@@ -140,6 +143,34 @@ class Inner:
     checkpoint: bool = _key(
         True, "recompute first-order gradients block by block: less memory, about a third more time"
     )
+
+
+@dataclass(frozen=True)
+class Guard:
+    max_loss: float | None = _key(
+        None, "skip examples whose loss is larger at the start, in nats; null = off", gt=0
+    )
+    max_grad_norm: float | None = _key(
+        None, "skip examples whose own gradient is longer at the start; null = off", gt=0
+    )
+    fisher: float = _key(0.0, "pull to the start, weighted by Fisher information; 0 = off", ge=0)
+    restore: float = _key(0.0, "chance of a weight to go back to the start after a step; 0 = off", ge=0, le=1)
+    heldout: float = _key(0.0, "share of the examples that picks the step to stop at; 0 = off", ge=0, lt=1)
+
+
+@dataclass(frozen=True)
+class Knobs:
+    margin: float = _key(0.5, "tt-si, tt-d: update where the two likeliest answers are closer", gt=0, le=1)
+    gate_samples: int = _key(4, "tt-si, tt-d: own answers that the gate looks at", ge=1)
+    threshold: float = _key(
+        0.3, "vds: least share of the scorer's softmax that the best answer has", ge=0, le=1
+    )
+    kl: float = _key(0.001, "ttrl: coefficient of the KL divergence from the start", ge=0)
+    forking: float = _key(
+        1.0, "ttrl: share of the tokens learned from, those of most entropy; 1 = all", gt=0, le=1
+    )
+    band: float = _key(0.0, "ttrl: coefficient that keeps their entropy in a band; 0 = off", ge=0)
+    teacher_seconds: float = _key(60.0, "tt-d: time limit of one request to a teacher's address", gt=0)
 
 
 @dataclass(frozen=True)
@@ -226,6 +257,8 @@ class Recipe:
     generate: Generate = _group(Generate, "sampling of practice examples and answers")
     scorer: Scorer = _group(Scorer, "the head that weighs the examples")
     inner: Inner = _group(Inner, "the update at test time")
+    guard: Guard = _group(Guard, "guards of the update, at test time alone; all off")
+    knobs: Knobs = _group(Knobs, "settings of single test-time methods")
     meta_gradient: MetaGradient = _group(MetaGradient, "the derivative through the inner loop")
     outer: Outer = _group(Outer, "meta-training")
     zero: Zero = _group(Zero, "sharding")

@@ -244,6 +244,7 @@ def _tasks(recipe: Recipe) -> tuple[list[Task], list[Task], list[Task]]:
         "world": p.world,
         "columns": vars(p.columns),
         "verifier": p.verifier,
+        "demonstrations": p.demonstrations,
         "seed": seed,
     }
     found = load_tasks(p.train, split=p.split, size=p.size, weights=p.weights, **common)

@@ -366,3 +366,50 @@ def test_page_names_every_method_option_and_field() -> None:
         for option in options
         if option not in (*page.split(), "-h", "--help") and f"`{option}" not in page
     ]
+
+
+def test_budget_teacher_and_demonstrations_on_the_command_line(
+    run: Path, command: Command, tmp_path: Path
+) -> None:
+    here = ["--run", str(run), "--json"]
+    said = command(*here, "--problem", "x", "--method", "vote", "--budget", "23")
+    record = json.loads(said.out)
+    assert 19 <= record["tokens"]["generated"] <= 23 and record["votes"] == len(record["examples"]) > 2
+    said = command(*here, "--problem", "x", "--budget", "4")
+    assert said.code == 2 and "--budget 4 is less than generate.answer_tokens=5" in said.err
+    said = command(*here, "--problem", "x", "--method", "tt-d")
+    assert said.code == 2 and "name it with --teacher" in said.err
+    said = command(*here, "--problem", "x", "--method", "tt-d", "--teacher", "http://127.0.0.1:9/v1")
+    assert said.code == 2 and "http://HOST:PORT/v1#MODEL" in said.err
+    said = command(*here, "--problem", "x", "--method", "tt-d", "--teacher", "tiny:qwen2", "knobs.margin=1")
+    assert said.code == 0 and len(json.loads(said.out)["examples"]) == 2
+    file = tmp_path / "bbh.jsonl"
+    rows = [{"id": str(i), "problem": f"{i}?", "answer": str(i), "subject": "s"} for i in range(4)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = command(
+        *here, "--file", str(file), "--method", "ttt", "--no-baselines", "problems.demonstrations=3"
+    )
+    record = json.loads(said.out)
+    assert record["error"] is None and len(record["steps"]) == 2
+    assert {e["problem"] for e in record["examples"]} < {f"{i}?" for i in range(4)} - {record["problem"]}
+    said = command(
+        *here, "--problem", "x", "--no-baselines", "--method", "random", "guard.fisher=2", "guard.restore=0.1"
+    )
+    assert said.code == 0 and len(json.loads(said.out)["steps"]) == 2
+
+
+def test_fit_on_the_command_line(run: Path, command: Command, tmp_path: Path) -> None:
+    copy = shutil.copytree(run, tmp_path / "r")
+    dev, few = tmp_path / "dev.jsonl", tmp_path / "few.jsonl"
+    rows = [json.dumps({"problem": f"What is {i} + 1?", "answer": str(i + 1)}) + "\n" for i in range(10)]
+    dev.write_text("".join(rows))
+    few.write_text(rows[0])
+    fit = ["fit", "--run", str(copy), "--budget", "30"]
+    said = command(*fit, "--file", str(few))
+    assert said.code == 2 and "has 1 problems; auto is fitted on 10 or more" in said.err
+    said = command("--run", str(copy), "--problem", "x", "--method", "auto")
+    assert said.code == 2 and "mass-adapt fit --run RUN" in said.err
+    assert command(*fit, "--file", str(dev)).code == 0 and (copy / "auto.json").is_file()
+    record = json.loads(command("--run", str(copy), "--problem", "x", "--method", "auto", "--json").out)
+    assert record["method"] == "auto" and record["note"].startswith("auto chose none (chance to be right")
+    assert record["tokens"]["generated"] <= 30

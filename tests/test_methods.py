@@ -10,7 +10,7 @@ import torch
 from tiny import tiny_lm
 
 from mass import choices, methods
-from mass.choices import Kit
+from mass.choices import Gated, Kit
 from mass.errors import MassError
 from mass.generate import Rollout
 from mass.lora import fresh, using
@@ -87,15 +87,15 @@ def handmade(monkeypatch: pytest.MonkeyPatch) -> None:
             [], [[Rollout([1, 2, 3], [0.0] * 3, True, "")] * 3] * len(targets), examples, packed, valid_TN
         )
 
-    monkeypatch.setattr(choices, "write_examples", write)
+    monkeypatch.setattr(choices.examples, "write_examples", write)
 
 
 @pytest.fixture
 def answers(monkeypatch: pytest.MonkeyPatch) -> None:
     """A random model states no answer: its first character counts as one."""
     stated = lambda text, **_: text[:1] or None  # noqa: E731
-    monkeypatch.setattr(choices, "find_answer", stated)
-    monkeypatch.setattr(methods, "find_answer", stated)
+    for module in (choices.answers, choices.examples, choices.gates, choices.kit, choices.weights, methods):
+        monkeypatch.setattr(module, "find_answer", stated)
 
 
 def texts(records: Sequence[Record]) -> list[str]:
@@ -182,9 +182,11 @@ def test_model_is_left_as_it_was_also_after_exceptions(kit: Kit) -> None:
         assert all(torch.equal(x, after[0][key]) for key, x in before[0].items())
         assert torch.equal(before[3], after[3])
 
+    taught = replace(kit, teacher=lambda texts, shots, seeds: [["nothing"] * len(own) for own in seeds])
+    shown = Problem("s", "What is 3 + 1?", (("1 + 1", "2"), ("2 + 1", "3")))
     before = state()
     for method in METHODS:
-        solve(kit, PROBLEMS[:2], method, baselines=method == "mass")
+        solve(taught, [shown] if method == "ttt" else PROBLEMS[:2], method, baselines=method == "mass")
         same(before)
     layer, calls = hf.get_decoder().layers[1], 0
     # while scoring, tuning, answering, voting
@@ -246,7 +248,7 @@ def test_update_that_explodes_is_dropped(kit: Kit, change: dict[str, Any]) -> No
 @pytest.mark.usefixtures("answers")
 def test_vote_is_its_own_baseline(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
-    sample = choices.sample
+    sample = choices.kit.sample
     monkeypatch.setattr(methods, "sample", lambda *args: drawn.append(args))
     kit = replace(kit, examples=9)
     for method in ("vote", "pick", "first-finish", "rpc"):
@@ -267,7 +269,7 @@ def test_vote_spends_what_the_method_spent(kit: Kit) -> None:
     records = solve(kit, PROBLEMS[:2], "quest")
     for record, problem in zip(records, PROBLEMS[:2], strict=True):
         budget = record.tokens.generated + record.tokens.trained
-        (own,) = choices.sample(kit, [problem], [range(record.votes + 1)])
+        (own,) = choices.kit.sample(kit, [problem], [range(record.votes + 1)])
         spent = np.cumsum([len(r.tokens) for r in own])
         assert record.votes > 20 and spent[-2] <= budget
         # nearly all of it: no whole answer of mean length would fit any more
@@ -305,12 +307,12 @@ def test_first_finish_takes_the_shortest_and_pick_the_best_scored(
         ]
         return [[Rollout(tokens, [-1.0] * len(tokens), *rest) for tokens, *rest in own] for _ in problems]
 
-    monkeypatch.setattr(choices, "sample", sample)
+    monkeypatch.setattr(choices.examples, "sample", sample)
     kit = replace(kit, examples=4)
     (record,) = solve(kit, PROBLEMS[:1], "first-finish", baselines=False)
     assert (record.answer, record.solution) == ("z", "zz") and record.tokens.generated == 20
     assert [e.reason for e in record.examples] == ["", "", "no_answer", ""]
-    monkeypatch.setattr(choices.scorer, "weights", lambda *_: torch.tensor([[0.5, 2.0, 0.0, 1.5]]))
+    monkeypatch.setattr(choices.weights.scorer, "weights", lambda *_: torch.tensor([[0.5, 2.0, 0.0, 1.5]]))
     (record,) = solve(kit, PROBLEMS[:1], "pick", baselines=False)
     assert (record.answer, record.solution) == ("y", "yy")
 
@@ -329,12 +331,12 @@ def test_majority_with_equal_weights_is_rewards_vote() -> None:
         said = draw.choice(["4", "4.0", "5", "Yes", "yes", "1,000", "1000", ""], size=draw.integers(1, 8))
         examples = [Example("", f"so\nAnswer: {x}" if x else "hm", bool(x), "") for x in said]
         weights = [1 / 3 if x else 0.0 for x in said]
-        assert choices._weighted_vote(examples, weights).answer == vote(
+        assert choices.answers._weighted_vote(examples, weights).answer == vote(
             [find_answer(e.solution) for e in examples]
         )
     examples = [Example("", f"Answer: {x}", True, "") for x in ("a", "b", "b", "c")]
-    assert choices._weighted_vote(examples, [1.0, 0.2, 0.3, 0.9]).answer == "a"
-    found = choices._weighted_vote(examples, [1.0, 0.5, 0.6, 0.9])
+    assert choices.answers._weighted_vote(examples, [1.0, 0.2, 0.3, 0.9]).answer == "a"
+    found = choices.answers._weighted_vote(examples, [1.0, 0.5, 0.6, 0.9])
     assert found.answer == "b" and found.solution == examples[2].solution
 
 
@@ -343,8 +345,8 @@ def test_rpc_weighs_by_probability_once_per_text(kit: Kit, monkeypatch: pytest.M
         return Rollout([1, 2], [float(np.log(p))] * 2, True, text)
 
     own = [rollout("Answer: 1", 0.9)] + [rollout("Answer: 2", 0.6)] * 3 + [rollout("no", 0.99)]
-    examples = [choices._own("", r) for r in own]
-    monkeypatch.setattr(choices, "improbable", lambda p: np.zeros(len(p), bool))
+    examples = [choices.examples._own("", r) for r in own]
+    monkeypatch.setattr(choices.weights, "improbable", lambda p: np.zeros(len(p), bool))
     valid_TN = torch.tensor([[e.valid for e in examples]])
     practice = Practice([], [own], [examples], None, valid_TN)  # type: ignore[arg-type]
     weight_TN = choices.probable(kit, [], practice)
@@ -355,10 +357,10 @@ def test_rpc_weighs_by_probability_once_per_text(kit: Kit, monkeypatch: pytest.M
 def test_improbable_cuts_the_lower_of_two_groups() -> None:
     draw = np.random.default_rng(0)
     low, high = draw.uniform(0.05, 0.15, 20), draw.uniform(0.7, 0.9, 30)
-    cut = choices.improbable(np.concatenate([low, high]))
+    cut = choices.weights.improbable(np.concatenate([low, high]))
     assert cut[:20].mean() > 0.9 and not cut[20:].any()
     for few in ([0.5], [0.5, 0.5], [0.1, 0.2, 0.9]):
-        assert not choices.improbable(np.array(few))[np.argmax(few)]
+        assert not choices.weights.improbable(np.array(few))[np.argmax(few)]
 
 
 @pytest.mark.usefixtures("handmade")
@@ -366,21 +368,21 @@ def test_in_context_shows_the_best_examples_as_far_as_they_fit(
     kit: Kit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
-    answer = choices.answer
+    answer = choices.kit.answer
 
     def spied(*args: Any, **keywords: Any) -> Any:
         seen.append(keywords["shots"])
         return answer(*args, **keywords)
 
-    monkeypatch.setattr(choices, "answer", spied)
+    monkeypatch.setattr(choices.kit, "answer", spied)
     weights = torch.tensor([[0.5, 1.5, 1.0]])
-    monkeypatch.setattr(choices.scorer, "weights", lambda *_: weights)
+    monkeypatch.setattr(choices.weights.scorer, "weights", lambda *_: weights)
     (record,) = solve(kit, PROBLEMS[:1], "in-context", baselines=False)
     # best last, next to the problem
     assert seen == [[[GOOD["a"][2], GOOD["a"][1]]]] and record.steps == ()
     kit = replace(kit, prompts=replace(kit.prompts, generate_instruction=""))
     length = len(kit.prompts.solve(PROBLEMS[0].text, [GOOD["a"][1]])) + kit.answering.max_new_tokens
-    monkeypatch.setattr(choices, "context_length", lambda _: length)
+    monkeypatch.setattr(choices.kit, "context_length", lambda _: length)
     solve(kit, PROBLEMS[:1], "in-context", baselines=False)
     assert seen[1] == [[GOOD["a"][1]]]
 
@@ -408,7 +410,11 @@ def test_too_long_a_problem_fails_alone(kit: Kit) -> None:
 
 @pytest.mark.usefixtures("handmade")
 def test_closed_gate_answers_without_update(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
-    gated = replace(METHODS["quest"], gate=lambda kit, problems: [p.id != "b" for p in problems])
+    closed = "the gate is closed: answered without update"
+    gated = replace(
+        METHODS["quest"],
+        gate=lambda kit, problems: [Gated(p.id != "b", [], closed if p.id == "b" else "") for p in problems],
+    )
     monkeypatch.setitem(METHODS, "gated", gated)
     records, quest = (solve(kit, PROBLEMS, name, baselines=False) for name in ("gated", "quest"))
     greedy = solve(kit, PROBLEMS[1:2], "none", baselines=False)
@@ -423,7 +429,7 @@ def test_methods_that_cannot_be_used_say_why(kit: Kit) -> None:
         solve(kit, PROBLEMS, "masss")
     with pytest.raises(
         MassError,
-        match=r"mass weighs by a trained scorer, .* \(none, vote, rpc, first-finish, random, quest\)",
+        match=r"mass weighs by a trained scorer, .* \(none, vote, rpc, first-finish, random, ttt, quest, tt-si, tt-d, ttrl\)",
     ):
         solve(replace(kit, head=None), PROBLEMS, "mass")
     with pytest.raises(MassError, match="random draws training problems, and there are none here"):

@@ -75,7 +75,7 @@ def test_jsonl_rows_become_tasks(tmp_path):
 
 
 def test_a_problem_has_no_place_for_an_answer():
-    assert set(Problem.__dataclass_fields__) == {"id", "text", "demonstrations"}
+    assert set(Problem.__dataclass_fields__) == {"id", "text", "demonstrations", "grids"}
 
 
 def test_columns_of_gsm8k_and_math_as_on_the_hub(tmp_path):

@@ -386,3 +386,13 @@ def test_the_docs_are_in_step():
     assert page == markdown(), "python -m mass.recipe > docs/recipes.md"
     for name in KEYS:
         assert f"| `{name}` |" in page
+
+
+@pytest.mark.parametrize("guard", ["max_loss=3", "max_grad_norm=3", "fisher=1", "restore=0.1", "heldout=0.2"])
+def test_meta_training_refuses_the_guards_of_test_time(tmp_path: Path, guard: str) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("model: {path: 'tiny:llama'}\nproblems: {train: ['gym:chain_sum']}\n")
+    load(path)
+    load(path, [f"guard.{guard}"], training=False)
+    with pytest.raises(MassError, match=f"guard.{guard.partition('=')[0]}=.*does not differentiate through"):
+        load(path, [f"guard.{guard}"])

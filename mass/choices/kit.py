@@ -1,0 +1,227 @@
+"""What all choices work with: the kit, the room that a budget leaves, and the model's own answers."""
+
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mass import scorer
+from mass.blocks import Split
+from mass.chooser import Chooser
+from mass.demonstrations import stated
+from mass.generate import Rollout
+from mass.lora import Adapter, expand, fresh
+from mass.model import LanguageModel, context_length
+from mass.optimizers import Rule
+from mass.practice import Practice, Sampling, answer, seed_of
+from mass.problems import Problem, Task
+from mass.prompts import Prompts, Shots, pick_shots
+from mass.rewards import find_answer
+
+# (target texts, generate shots of each, seeds of each) -> for each target and seed what was written, or why nothing was
+Written = Rollout | str
+Teacher = Callable[[Seq[str], Seq[Seq[tuple[str, str, str]]], Seq[Seq[int]]], list[list[Written]]]
+
+
+@dataclass(frozen=True)
+class Guard:
+    """Guards of the update, all off by default: see `mass.choices.guards`."""
+
+    max_loss: float | None = None
+    max_grad_norm: float | None = None
+    fisher: float = 0.0
+    restore: float = 0.0
+    heldout: float = 0.0
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """margin, gate_samples: of the gate of `tt-si` and `tt-d`; threshold: of `vds`; kl, forking, band: of `ttrl`."""
+
+    margin: float = 0.5
+    gate_samples: int = 4
+    threshold: float = 0.3
+    kl: float = 0.001
+    forking: float = 1.0
+    band: float = 0.0
+
+
+@dataclass(frozen=True)
+class Kit:
+    """Everything that methods work with, the same for all problems.
+
+    policy         adapter without task axis that writes and answers; None: the base model, updated from a fresh adapter
+    head, eta      the scorer and its parameters (eta None: the head's own); head None: no method may weigh by it
+    depths         of the scorer's features; pool_kind: "solution" or "all"; temperature: of its softmax
+    lr             0-d tensor for each adapter tensor; rule, steps (K), max_growth: of the update
+    examples       N: practice examples, or own answers, of a problem (without a budget)
+    answering      how answers are drawn; greedy ones take its length limit alone
+    pool           training problems for shots and for `random`
+    budget         tokens that a problem may cost, generated plus trained; None: no limit, N is `examples`
+    teacher        who writes the examples of `tt-d`
+    guard          of the update; fisher: [R, in] and [out, R], how much each weight of the policy matters (guards.fisher)
+    knobs          settings of single methods; chooser: of `auto`
+    recompute      block by block in the update: less memory, more time (needs `parts`)
+    """
+
+    lm: LanguageModel
+    prompts: Prompts
+    rule: Rule
+    lr: Mapping[str, Tensor]
+    writing: Sampling
+    answering: Sampling
+    examples: int = 6
+    steps: int = 2
+    max_growth: float = 2.0
+    policy: Adapter | None = None
+    head: scorer.Scorer | None = None
+    eta: Mapping[str, Tensor] | None = None
+    depths: Seq[float] = (0.5, 1.0)
+    pool_kind: str = "solution"
+    temperature: float = 1.0
+    pool: Seq[Task] = ()
+    solve_shots: int = 0
+    generate_shots: int = 0
+    parts: Split | None = None
+    recompute: bool = False
+    seed: int = 0
+    budget: int | None = None
+    teacher: Teacher | None = None
+    guard: Guard = Guard()
+    fisher: Adapter | None = None
+    knobs: Knobs = Knobs()
+    chooser: Chooser | None = None
+
+    @property
+    def one(self) -> Adapter | None:
+        """The policy as an adapter of one task."""
+        return None if self.policy is None else expand(self.policy, 1)
+
+
+@dataclass(frozen=True)
+class Room:
+    """What the examples of T problems may cost.
+
+    tokens   generated plus trained, of each problem; None: no budget, then there are `kit.examples` of them
+    passes   how often an example is trained on (K; 0 without update); single: only one example of a problem is
+    have     own answers 0, 1, ... of each problem that were drawn before (by a gate, or by `auto`)
+    """
+
+    tokens: list[int] | None
+    passes: int
+    single: bool
+    have: list[list[Rollout]]
+
+
+@dataclass(frozen=True)
+class Updated:
+    """T adapters after an update, and for each problem: the loss before the first and after every step, whether the
+    update can be trusted, and what is worth knowing. `steps`: how often every example was trained on."""
+
+    adapter: Adapter
+    losses: list[list[float]]
+    ok: list[bool]
+    notes: list[str]
+    steps: int
+
+
+@dataclass(frozen=True)
+class Gated:
+    """What a gate says of one problem, and the own answers 0, 1, ... that it drew to find out."""
+
+    open: bool
+    drawn: list[Rollout]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a method has done for T problems when it comes to answer them. `moved`: the adapter of t is an updated one;
+    `left`: tokens that an answer may cost (None: no budget)."""
+
+    problems: Seq[Problem]
+    practice: Practice | None
+    weight_TN: Tensor | None
+    updated: Updated | None
+    moved: list[bool]
+    left: list[int] | None
+
+
+@dataclass(frozen=True)
+class Answered:
+    """An answer (None: the text states none), the text it comes from, and the tokens generated for it alone."""
+
+    answer: str | None
+    solution: str
+    tokens: int
+
+
+def shots_for(kit: Kit, problem: Problem) -> Shots:
+    """The few-shot material of a problem: its own demonstrations, else as in training, fixed by seed and problem id.
+
+    With demonstrations the second of two is shown as a problem like the first.
+    """
+    if not problem.demonstrations:
+        return pick_shots(kit.pool, kit.solve_shots, kit.seed, problem.id, pairs=kit.generate_shots)
+    solved = tuple((given, stated(output)) for given, output in problem.demonstrations)
+    similar = tuple((one, *other) for (one, _), other in zip(solved[::2], solved[1::2], strict=False))
+    return Shots(solved, similar)
+
+
+def beginning(kit: Kit) -> Adapter:
+    """Where every update starts, without task axis: the policy, or a fresh adapter (B = 0)."""
+    if kit.policy is not None:
+        return kit.policy
+    assert kit.lm.shape is not None
+    return fresh(kit.lm.lora, kit.lm.shape.rank, torch.Generator().manual_seed(seed_of(kit.seed, "fresh")))
+
+
+def sample(kit: Kit, problems: Seq[Problem], which: Seq[Seq[int]]) -> list[list[Rollout]]:
+    """The policy's own solutions of each problem, by number: number j of a problem is always the same."""
+    return answer(
+        kit.lm,
+        kit.prompts,
+        [p.text for p in problems],
+        shots=[shots_for(kit, p).solve for p in problems],
+        adapter=kit.one,
+        sampling=kit.answering,
+        seeds=[
+            [seed_of(kit.seed, "answer", p.text, j) for j in own]
+            for p, own in zip(problems, which, strict=True)
+        ],
+    )
+
+
+def overlong(kit: Kit, prompt: Seq[int], sampling: Sampling) -> str | None:
+    longest = context_length(kit.lm.hf)
+    if len(prompt) + sampling.max_new_tokens <= longest:
+        return None
+    return (
+        f"too long: the prompt has {len(prompt)} tokens and up to {sampling.max_new_tokens} are written after it, "
+        f"but the model's context is {longest} tokens"
+    )
+
+
+def greedily(
+    kit: Kit,
+    problems: Seq[Problem],
+    adapter: Adapter | None,
+    shots: Seq[Seq[tuple[str, str]]] | None = None,
+    adapter_of: Seq[int] | None = None,
+) -> list[Answered]:
+    """The likeliest text of each problem, token by token. `adapter_of[i]` is the adapter of problem i, by default i."""
+    if not problems:
+        return []
+    drawn = answer(
+        kit.lm,
+        kit.prompts,
+        [p.text for p in problems],
+        shots=[shots_for(kit, p).solve for p in problems] if shots is None else shots,
+        adapter=adapter,
+        sampling=Sampling(kit.answering.max_new_tokens, 0.0, batch_rows=kit.answering.batch_rows),
+        seeds=[[0]] * len(problems),
+        adapter_of=adapter_of,
+    )
+    return [Answered(find_answer(r.text), r.text, len(r.tokens)) for (r,) in drawn]
