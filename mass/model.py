@@ -171,7 +171,7 @@ def _read(
             config = AutoConfig.from_pretrained(source, **common)
             _check_causal(config, path)
             tokenizer = AutoTokenizer.from_pretrained(source, **common)
-            _check_tokenizer(tokenizer, config, path)
+            check_tokenizer(tokenizer, config, path)
             # device_map puts the weights where they belong without a copy in main memory
             place = {} if device.type == "cpu" else {"device_map": {"": device}}
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -195,7 +195,7 @@ def _read(
     return hf, tokenizer
 
 
-def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Any, path: str) -> None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Any, path: str) -> None:
     """Give it a pad token if it has none, and hold it against the model's vocabulary."""
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
