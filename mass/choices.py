@@ -96,11 +96,13 @@ class Work:
 
 @dataclass(frozen=True)
 class Answered:
-    """An answer (None: the text states none), the text it comes from, and the tokens generated for it alone."""
+    """An answer (None: the text states none), the text it comes from, the tokens generated for it alone, and whether
+    the text ended by itself."""
 
     answer: str | None
     solution: str
     tokens: int
+    finished: bool = True
 
 
 def shots_for(kit: Kit, problem: Problem) -> Shots:
@@ -363,4 +365,4 @@ def greedily(
         sampling=Sampling(kit.answering.max_new_tokens, 0.0, batch_rows=kit.answering.batch_rows),
         seeds=[[0]] * len(problems),
     )
-    return [Answered(find_answer(r.text), r.text, len(r.tokens)) for (r,) in drawn]
+    return [Answered(find_answer(r.text), r.text, len(r.tokens), r.finished) for (r,) in drawn]

@@ -91,7 +91,12 @@ def key_of(item: Item, settings: str) -> str:
 
 
 def as_row(place: int, key: str, record: Record) -> dict[str, Any]:
-    """Position (from 1) and key of the problem, and every field of its record; numbers that are not finite are None."""
+    """Position (from 1) and key of the problem, and every field of its record."""
+    return {"position": place + 1, "key": key} | as_fields(record)
+
+
+def as_fields(record: Record) -> dict[str, Any]:
+    """Every field of a record as JSON has it; numbers that are not finite are None."""
 
     def finite(value: Any) -> Any:
         if isinstance(value, dict):
@@ -100,7 +105,7 @@ def as_row(place: int, key: str, record: Record) -> dict[str, Any]:
             return [finite(part) for part in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    return {"position": place + 1, "key": key} | finite(dataclasses.asdict(record))
+    return {name: finite(value) for name, value in dataclasses.asdict(record).items()}
 
 
 def as_line(row: dict[str, Any]) -> str:

@@ -160,6 +160,7 @@ class Record:
     steps           one for each step of the update; empty without
     note            what is worth knowing: no valid example, an update that was dropped
     error           why there is no answer at all (all else is then empty); None when there is nothing wrong
+    finished        `solution` ended by itself, not at generate.answer_tokens
     """
 
     id: str
@@ -177,6 +178,7 @@ class Record:
     seconds: Seconds = Seconds()
     note: str = ""
     error: str | None = None
+    finished: bool = True
 
 
 def solve(kit: Kit, problems: Seq[Problem], method: str, *, baselines: bool = True) -> list[Record]:
@@ -251,6 +253,7 @@ def _solve(kit: Kit, problems: Seq[Problem], name: str, row: Method, baselines: 
                 tokens[t],
                 seconds,
                 _note(work, t),
+                finished=answered[t].finished,
             )
         )
     return records

@@ -37,7 +37,7 @@ FIELDS = {
     "position": int, "key": str,
     "id": str, "problem": str, "method": str, "answer": str | None, "base_answer": str | None,
     "vote_answer": str | None, "votes": int, "solution": str, "base_solution": str, "examples": list, "steps": list,
-    "tokens": dict, "seconds": dict, "note": str, "error": str | None,
+    "tokens": dict, "seconds": dict, "note": str, "error": str | None, "finished": bool,
 }  # fmt: skip
 SHOTS = [{"id": f"s{i}", "problem": f"What is {i} + 2?", "solution": f"Answer: {i + 2}", "answer": str(i + 2), "source": "x"}
          for i in range(4)]  # fmt: skip
