@@ -31,8 +31,8 @@ class Closed(Exception):
     """The queue takes no problems any more."""
 
 
-class _Left(Exception):
-    """Nobody waits for this batch."""
+class _Left(BaseException):
+    """Nobody waits for this batch. No Exception: what a method catches of its own must not swallow it."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,8 @@ class Batcher:
         with self._changed:
             rest, self._waiting = self._waiting, []
         for job in rest:
-            job.result.set_exception(Closed())
+            if job.result.set_running_or_notify_cancel():
+                job.result.set_exception(Closed())
 
     def _next(self) -> list[Job]:
         """The oldest job and others of its kind, after the window; nothing when closed."""

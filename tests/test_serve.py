@@ -347,6 +347,14 @@ def test_command_refuses_what_it_must(
             assert sentence in capsys.readouterr().err, words
 
 
+def test_command_names_what_is_not_installed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert serve.main(["--model", "tiny:llama"]) == 2
+    assert "serve needs uvicorn, which is not installed: pip install 'mass[serve]'" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_the_command_serves_until_it_is_stopped() -> None:
