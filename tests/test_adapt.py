@@ -1,4 +1,4 @@
-"""mass.adapt: the command on a run folder, a PEFT folder and a bare model, all of a tiny random model."""
+"""mass-adapt and mass.adapt on a run folder, a PEFT folder and a bare model, all of a tiny random model."""
 
 import errno
 import io
@@ -18,10 +18,14 @@ import torch
 import yaml
 from rich.console import Console
 
-from mass import adapt, checkpoint
-from mass.adapt import adapt_problems, as_json, build_kit, main, plan
+from mass import checkpoint, filerun
+from mass import command as command_module
+from mass import kit as kit_module
 from mass.checkpoint import Contents, open_run
+from mass.command import main
 from mass.errors import MassError
+from mass.filerun import adapt_problems, as_line, as_row
+from mass.kit import build_kit, plan
 from mass.lora import LoraShape, attach, fresh
 from mass.methods import METHODS, Made, Record, Seconds, StepLoss, Tokens
 from mass.model import load
@@ -30,9 +34,10 @@ from mass.scorer import Scorer
 from mass.view import view
 
 FIELDS = {
+    "position": int, "key": str,
     "id": str, "problem": str, "method": str, "answer": str | None, "base_answer": str | None,
     "vote_answer": str | None, "votes": int, "solution": str, "base_solution": str, "examples": list, "steps": list,
-    "tokens": dict, "seconds": dict, "note": str, "error": str | None,
+    "tokens": dict, "seconds": dict, "note": str, "error": str | None, "finished": bool,
 }  # fmt: skip
 SHOTS = [{"id": f"s{i}", "problem": f"What is {i} + 2?", "solution": f"Answer: {i + 2}", "answer": str(i + 2), "source": "x"}
          for i in range(4)]  # fmt: skip
@@ -120,8 +125,8 @@ def test_json_has_every_field_and_is_alone_on_standard_output(run: Path, command
 def test_what_libraries_print_goes_to_standard_error(
     run: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build = adapt.build_kit
-    monkeypatch.setattr(adapt, "build_kit", lambda plan: print("noise") or build(plan))
+    build = command_module.build_kit
+    monkeypatch.setattr(command_module, "build_kit", lambda plan: print("noise") or build(plan))
     said = command("--run", str(run), "--json", "--problem", "x", "--method", "none")
     assert json.loads(said.out)["method"] == "none" and "noise" in said.err
 
@@ -156,7 +161,9 @@ def test_learned_rate_of_each_layer(run: Path) -> None:
     r = replace(r, inner=replace(r.inner, learned_lr="layer"))
     parts = SimpleNamespace(prefix=["model.layers.0.", "model.layers.1."])
     keys = ["model.layers.0.q.A", "model.layers.1.q.B", "elsewhere.A"]
-    rates = adapt._rates(r, {"block0": 0.5, "block1": 0.25, "rest": 2.0}, keys, parts, torch.device("cpu"))  # type: ignore[arg-type]
+    rates = kit_module._rates(
+        r, {"block0": 0.5, "block1": 0.25, "rest": 2.0}, keys, parts, torch.device("cpu")
+    )  # type: ignore[arg-type]
     assert [float(rates[key]) for key in keys] == [0.5, 0.25, 2.0]
 
 
@@ -212,15 +219,18 @@ def test_file_with_bad_lines(run: Path, command: Command, tmp_path: Path) -> Non
         "none",
     )
     assert said.code == 0
-    records = [json.loads(line) for line in said.out.splitlines()]
+    # shown as they finish; the file has them in the order of the problems
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert sorted(out.read_text().splitlines()) == sorted(said.out.splitlines())
+    assert [r["position"] for r in records] == [1, 2, 3, 4, 5, 6]
     assert [r["id"] for r in records[:4]] == ["first", "line 2", "line 3", "line 4"]
     assert [bool(r["error"]) for r in records] == [False, True, True, True, True, False]
     assert "line 2: not JSON" in records[1]["error"] and "line 3: not UTF-8" in records[2]["error"]
     assert "line 4: no 'problem'" in records[3]["error"] and "too long" in records[4]["error"]
-    assert out.read_text() == said.out and "secret" not in said.out
+    assert "secret" not in said.out
     # alone, without the others in its batch
     alone = command("--run", str(run), "--problem", "two", "--json", "--method", "none")
-    assert {**json.loads(alone.out), "seconds": 0} == {**records[5], "seconds": 0}
+    assert {**json.loads(alone.out), "seconds": 0, "position": 6} == {**records[5], "seconds": 0}
 
 
 def test_records_come_as_batches_finish(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,17 +240,19 @@ def test_records_come_as_batches_finish(monkeypatch: pytest.MonkeyPatch) -> None
         batches.append([p.id for p in problems])
         return [Record(p.id, p.text, method) for p in problems]
 
-    monkeypatch.setattr(adapt, "solve", solve)
+    monkeypatch.setattr(filerun, "solve", solve)
     items = [
-        Problem("a", ""),
+        Problem("a", "1"),
         BadLine(2, "bad", "x"),
-        Problem("b", ""),
+        Problem("b", "1 + 1 + 1"),
         BadLine(4, "bad", ""),
-        Problem("c", ""),
+        Problem("c", "1 + 1"),
     ]
     found = adapt_problems(None, items, "none", 2)  # type: ignore[arg-type]
-    assert next(found).id == "a" and batches == [["a", "b"]]
-    assert [r.id for r in found] == ["line 2", "b", "line 4", "c"] and batches == [["a", "b"], ["c"]]
+    # what needs no model first, then the longest
+    assert [next(found).id, next(found).id] == ["line 2", "line 4"] and batches == []
+    assert next(found).id == "b" and batches == [["b", "c"]]
+    assert [r.id for r in found] == ["c", "a"] and batches == [["b", "c"], ["a"]]
 
 
 def test_standard_input(run: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,7 +328,7 @@ def test_standard_output_that_takes_no_more(
         raise error
 
     with open(tmp_path / "pipe", "w") as pipe:
-        monkeypatch.setattr(adapt, "_run", gone)
+        monkeypatch.setattr(command_module, "_run", gone)
         monkeypatch.setattr(sys, "stdout", pipe)
         assert main(["--run", str(run), "--problem", "x"]) == code
 
@@ -329,7 +341,8 @@ RECORD = Record(
 
 
 def test_json_of_numbers_that_are_not_finite() -> None:
-    assert json.loads(as_json(RECORD))["steps"][1] == {"before": 1.5, "after": None}
+    row = json.loads(as_line(as_row(2, "k", RECORD)))
+    assert row["steps"][1] == {"before": 1.5, "after": None} and (row["position"], row["key"]) == (3, "k")
 
 
 def test_view_shows_curriculum_losses_and_answers() -> None:
@@ -360,7 +373,7 @@ def test_page_names_every_method_option_and_field() -> None:
     page = (Path(__file__).parents[1] / "docs" / "test-time.md").read_text(encoding="utf-8")
     named = [*METHODS, *FIELDS, *(f.name for x in (Made, StepLoss, Tokens, Seconds) for f in fields(x))]
     assert not [name for name in named if f"`{name}`" not in page]
-    options = [option for action in adapt._parser()._actions for option in action.option_strings]
+    options = [option for action in command_module._parser()._actions for option in action.option_strings]
     assert not [
         option
         for option in options

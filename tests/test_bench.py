@@ -7,11 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from chain import save_chain, save_problems
+
+from mass import choices
 
 LAUNCH = Path(__file__).resolve().parents[1] / "launch"
 sys.path.insert(0, str(LAUNCH))
 
 import meta_bench  # noqa: E402
+import meta_bench_adapt as bench_adapt  # noqa: E402
 import meta_bench_gradients as gradients  # noqa: E402
 import meta_bench_methods as methods  # noqa: E402
 
@@ -127,6 +132,34 @@ def test_unknown_case_is_refused(capsys: Any) -> None:
     with pytest.raises(SystemExit) as stopped:
         meta_bench.main(["--cases", "nothing/*"])
     assert stopped.value.code == 2 and "no case has such a name" in capsys.readouterr().err
+
+
+def test_script_and_mass_adapt_and_answer_alike(tmp_path: Path) -> None:
+    """The yardstick of `adapt` computes what mass computes: the same adapter from the same examples, the same answers."""
+    problems = save_problems(tmp_path / "p.jsonl")
+    settings = [f"problems.train={problems}", "prompt.pool=6", "prompt.generate_shots=1", "inner.clip=0.05"]
+    settings += ["generate.max_new_tokens=16", "generate.answer_tokens=8"]
+    common = {"model": str(save_chain(tmp_path / "chain")), "tasks": 4, "examples": 3, "K": 2, "compare": 4}
+    common |= {"device": "cpu", "settings": settings, "threads": 1, "check": False}
+    kit, targets = bench_adapt.build(common)
+    practice = choices.self_made(kit, targets)
+    weight_TN = choices.uniform(kit, targets, practice)
+    adapter = choices.fine_tuned(kit, practice, weight_TN).trajectory.adapter
+    wrapped = bench_adapt.wrap(kit)
+    for t in range(4):
+        bench_adapt.script(kit, wrapped, targets[t], practice.examples[t])
+        found = dict(wrapped.model.named_parameters())
+        for key, wanted in adapter.items():
+            name = f"base_model.model.{key[:-1]}lora_{key[-1]}.default.weight"
+            assert torch.allclose(found[name], wanted[t], rtol=1e-4, atol=1e-7), key
+            assert key.endswith(".A") or not torch.equal(found[name], wrapped.start[name])
+    assert practice.valid_TN.sum() > 6
+    assert bench_adapt.measure(common | {"engine": "script", "check": True}) == {"identical": 4}
+    rows = [common | {"engine": e} | bench_adapt.measure(common | {"engine": e}) for e in bench_adapt.ENGINES]
+    assert all(row["generated"] > 0 and row["trained"] > 0 for row in rows)
+    assert rows[0]["generated"] == rows[1]["generated"]
+    done = bench_adapt.finish(rows)
+    assert done[2]["ratio"] == 1 and done[0]["per_minute"] == 60 * 4 / done[0]["seconds"]
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from mass import grids
 from mass.choices.kit import Answered, Kit, Work, greedily, overlong, shots_for
 from mass.choices.views import Seen, views
 from mass.demonstrations import stated
+from mass.generate import Rollout
 from mass.lora import select
 from mass.prompts import Example
 from mass.rewards import canonical, find_answer
@@ -51,8 +52,10 @@ def majority(kit: Kit, work: Work) -> list[Answered]:
     """The answer that most weight among the own answers stands behind; its text is the weightiest that states it."""
     assert work.practice is not None and work.weight_TN is not None
     return [
-        _weighted_vote(own, weight)
-        for own, weight in zip(work.practice.examples, work.weight_TN.tolist(), strict=True)
+        _weighted_vote(own, drawn, weight)
+        for own, drawn, weight in zip(
+            work.practice.examples, work.practice.rollouts, work.weight_TN.tolist(), strict=True
+        )
     ]
 
 
@@ -60,13 +63,18 @@ def best(kit: Kit, work: Work) -> list[Answered]:
     """The own answer of most weight."""
     assert work.practice is not None and work.weight_TN is not None
     found = []
-    for own, weight in zip(work.practice.examples, work.weight_TN.tolist(), strict=True):
-        text = own[max(range(len(own)), key=lambda i: weight[i])].solution if any(weight) else ""
-        found.append(Answered(find_answer(text), text, 0))
+    practice = work.practice
+    for own, drawn, weight in zip(practice.examples, practice.rollouts, work.weight_TN.tolist(), strict=True):
+        if not any(weight):
+            found.append(Answered(None, "", 0))
+            continue
+        top = max(range(len(own)), key=lambda i: weight[i])
+        text = own[top].solution
+        found.append(Answered(find_answer(text), text, 0, drawn[top].finished))
     return found
 
 
-def _weighted_vote(examples: Seq[Example], weight: Seq[float]) -> Answered:
+def _weighted_vote(examples: Seq[Example], drawn: Seq[Rollout], weight: Seq[float]) -> Answered:
     behind: dict[str, list[tuple[float, int]]] = {}
     for i, e in enumerate(examples):
         stated = find_answer(e.solution) if weight[i] > 0 else None
@@ -76,8 +84,9 @@ def _weighted_vote(examples: Seq[Example], weight: Seq[float]) -> Answered:
         return Answered(None, "", 0)
     # math.fsum: equal weights in equal number tie exactly, and ties go to the answer seen first, as in rewards.vote
     most = max(behind.values(), key=lambda votes: math.fsum(w for w, _ in votes))
-    first, top = examples[most[0][1]], examples[max(most, key=lambda vote: vote[0])[1]]
-    return Answered(canonical(find_answer(first.solution) or ""), top.solution, 0)
+    first, top = most[0][1], max(most, key=lambda vote: vote[0])[1]
+    said = find_answer(examples[first].solution) or ""
+    return Answered(canonical(said), examples[top].solution, 0, drawn[top].finished)
 
 
 def over_views(kit: Kit, work: Work) -> list[Answered]:
@@ -110,7 +119,8 @@ def over_views(kit: Kit, work: Work) -> list[Answered]:
                 groups.setdefault(view.view.symmetry, []).append(back)
         answer = vote_over_views(groups, work.problems[t].grids)
         text = stated(answer) if answer is not None else own[0][1].solution
-        found.append(Answered(answer, text, sum(one.tokens for _, one in own)))
+        finished = answer is not None or own[0][1].finished
+        found.append(Answered(answer, text, sum(one.tokens for _, one in own), finished))
     return found
 
 

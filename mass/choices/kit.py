@@ -151,11 +151,13 @@ class Work:
 
 @dataclass(frozen=True)
 class Answered:
-    """An answer (None: the text states none), the text it comes from, and the tokens generated for it alone."""
+    """An answer (None: the text states none), the text it comes from, the tokens generated for it alone, and whether the
+    text ended by itself."""
 
     answer: str | None
     solution: str
     tokens: int
+    finished: bool = True
 
 
 def shots_for(kit: Kit, problem: Problem) -> Shots:
@@ -224,4 +226,4 @@ def greedily(
         seeds=[[0]] * len(problems),
         adapter_of=adapter_of,
     )
-    return [Answered(find_answer(r.text), r.text, len(r.tokens)) for (r,) in drawn]
+    return [Answered(find_answer(r.text), r.text, len(r.tokens), r.finished) for (r,) in drawn]
