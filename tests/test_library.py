@@ -128,7 +128,7 @@ def test_untouched_after_an_exception(
             raise error
 
     if where == "update":
-        monkeypatch.setattr(choices, "fine_tune", fail)
+        monkeypatch.setattr(choices.updates, "fine_tune", fail)
     if where == "load":
         monkeypatch.setattr("mass.kit.make_prompts", fail)
     handle = loaded[0].model.embed_tokens.register_forward_pre_hook(late) if where == "decode" else None

@@ -331,13 +331,17 @@ def test_majority_with_equal_weights_is_rewards_vote() -> None:
         said = draw.choice(["4", "4.0", "5", "Yes", "yes", "1,000", "1000", ""], size=draw.integers(1, 8))
         examples = [Example("", f"so\nAnswer: {x}" if x else "hm", bool(x), "") for x in said]
         weights = [1 / 3 if x else 0.0 for x in said]
-        assert choices.answers._weighted_vote(examples, weights).answer == vote(
+        drawn = [Rollout([], [], True, "")] * len(said)
+        assert choices.answers._weighted_vote(examples, drawn, weights).answer == vote(
             [find_answer(e.solution) for e in examples]
         )
     examples = [Example("", f"Answer: {x}", True, "") for x in ("a", "b", "b", "c")]
-    assert choices.answers._weighted_vote(examples, [1.0, 0.2, 0.3, 0.9]).answer == "a"
-    found = choices.answers._weighted_vote(examples, [1.0, 0.5, 0.6, 0.9])
-    assert found.answer == "b" and found.solution == examples[2].solution
+    drawn = [Rollout([], [], x != "c", "") for x in ("a", "b", "b", "c")]
+    assert choices.answers._weighted_vote(examples, drawn, [1.0, 0.2, 0.3, 0.9]).answer == "a"
+    found = choices.answers._weighted_vote(examples, drawn, [1.0, 0.5, 0.6, 0.9])
+    assert found.answer == "b" and found.solution == examples[2].solution and found.finished
+    cut = choices.answers._weighted_vote(examples, drawn, [1.0, 0.2, 0.3, 1.9])
+    assert cut.answer == "c" and not cut.finished
 
 
 def test_rpc_weighs_by_probability_once_per_text(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:

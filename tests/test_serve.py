@@ -112,7 +112,8 @@ def test_an_answer_is_that_of_the_command_with_its_curriculum(service: SimpleNam
     assert answer.usage.prompt_tokens == len(kit.prompts.solve("What is 3 - 2?"))
     record = answer.model_extra["mass"]
     assert record["answer"] == wanted.answer and record["error"] is None and len(record["examples"]) == 2
-    assert [step["after"] for step in record["steps"]] == [step.after for step in wanted.steps]
+    # another thread's buffers lie elsewhere, and products round by how they lie
+    assert [s["after"] for s in record["steps"]] == pytest.approx([s.after for s in wanted.steps], rel=1e-4)
     # the bare name is the default method; another method, a shorter answer
     assert service.ask("What is 3 - 2?", "demo").model_extra["mass"]["method"] == "quest"
     vote = service.ask("What is 3 - 2?", "demo:vote").model_extra["mass"]
