@@ -142,9 +142,10 @@ def test_script_and_mass_adapt_and_answer_alike(tmp_path: Path) -> None:
     common = {"model": str(save_chain(tmp_path / "chain")), "tasks": 4, "examples": 3, "K": 2, "compare": 4}
     common |= {"device": "cpu", "settings": settings, "threads": 1, "check": False}
     kit, targets = bench_adapt.build(common)
-    practice = choices.self_made(kit, targets)
+    room = choices.Room(None, kit.steps, False, [[] for _ in targets])
+    practice = choices.self_made(kit, targets, room)
     weight_TN = choices.uniform(kit, targets, practice)
-    adapter = choices.fine_tuned(kit, practice, weight_TN).trajectory.adapter
+    adapter = choices.fine_tuned(kit, targets, practice, weight_TN).adapter
     wrapped = bench_adapt.wrap(kit)
     for t in range(4):
         bench_adapt.script(kit, wrapped, targets[t], practice.examples[t])
