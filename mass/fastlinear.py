@@ -9,6 +9,7 @@ import contextlib
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +70,8 @@ class RowAdapters:
     """The adapters of a batch's rows: row i uses adapter index[i] of T.
 
     Rows of one adapter form one matrix product. Adapters that no row uses any more are left out of it when
-    they have become half of all.
+    they have become half of all. Layers that are called with one and the same tensor (q, k and v; gate and up)
+    share the product by A: the first forward shows which they are.
     """
 
     def __init__(self, layers: lora.Layers, adapter: Mapping[str, Tensor]) -> None:
@@ -77,9 +79,13 @@ class RowAdapters:
         self.adapter = {key: tensor.detach() for key, tensor in adapter.items()}
         self.names = sorted({key.rpartition(".")[0] for key in adapter})
         self.device = next(iter(self.adapter.values())).device
+        self.groups: list[list[str]] = []
         self.used: list[int] = []
-        self.pairs: dict[str, tuple[Tensor, Tensor]] = {}
+        self.dtype = torch.float32
+        self.pairs: dict[str, _Pair] = {}
         self.table = RowTable([], 0, self.device)
+        # the last input, the stack of A that it met, and their product
+        self.shared: tuple[Tensor, Tensor, Tensor] | None = None
 
     def set_rows(self, index: Sequence[int], tokens: int = 1) -> None:
         """From now on the model's input has one row of `tokens` tokens for each entry."""
@@ -89,35 +95,73 @@ class RowAdapters:
         if not set(used) <= set(self.used) or 2 * len(used) <= len(self.used):
             weight = self.layers[self.names[0]].weight
             many = len(index) * tokens >= ROWS_FOR_BASE_TYPE * len(used) or weight.device.type != "cpu"
-            dtype = weight.dtype if many else torch.float32
-            chosen = lora.select(self.adapter, used)
+            self.dtype = weight.dtype if many else torch.float32
             self.used = used
-            self.pairs = {
-                name: (chosen[f"{name}.A"].to(dtype).mT, chosen[f"{name}.B"].to(dtype).mT)
-                for name in self.names
-            }
+            self._pair_up(self.groups or [[name] for name in self.names])
         self.table = RowTable([self.used.index(i) for i in index], len(self.used), self.device)
+
+    def _pair_up(self, groups: Sequence[Sequence[str]]) -> None:
+        every = self.used == list(range(len(next(iter(self.adapter.values())))))
+        chosen = self.adapter if every else lora.select(self.adapter, self.used)
+        for group in groups:
+            one = chosen[f"{group[0]}.A"]
+            stack_TKI = one if len(group) == 1 else torch.cat([chosen[f"{name}.A"] for name in group], 1)
+            stack_TKI = stack_TKI.to(self.dtype)
+            at = 0
+            for name in group:
+                rank = chosen[f"{name}.A"].shape[1]
+                self.pairs[name] = _Pair(stack_TKI, at, rank, chosen[f"{name}.B"].to(self.dtype).mT)
+                at += rank
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
         """Within the context the LoRA layers take these rows, [rows, tokens, in]."""
+        calls: list[list[str]] | None = None if self.groups else []
         try:
             for name in self.names:
-                self.layers[name].forward = self._forward(name)  # type: ignore[assignment,method-assign]
+                self.layers[name].forward = self._forward(name, calls)  # type: ignore[assignment,method-assign]
             yield
         finally:
+            self.shared = None
             for name in self.names:
                 self.layers[name].__dict__.pop("forward", None)
+        if calls:
+            called = {name for group in calls for name in group}
+            self.groups = calls + [[name] for name in self.names if name not in called]
+            self._pair_up(self.groups)
 
-    def _forward(self, name: str) -> Callable[[Tensor], Tensor]:
+    def _forward(self, name: str, calls: list[list[str]] | None) -> Callable[[Tensor], Tensor]:
         layer = self.layers[name]
 
         def forward(x: Tensor) -> Tensor:
             y = layer.base(x)
-            a_TIR, b_TRO = self.pairs[name]
-            x_TNSI = self.table.group(x).to(a_TIR.dtype)
-            update = torch.bmm(torch.bmm(x_TNSI.flatten(1, 2), a_TIR), b_TRO)
-            update = self.table.ungroup(update.unflatten(1, x_TNSI.shape[1:3]))
+            again = self.shared is not None and self.shared[0] is x
+            if calls is not None:
+                calls[-1].append(name) if again else calls.append([name])
+            pair = self.pairs[name]
+            low_TRN = self._low(x, pair.stack_TKI)[:, pair.at : pair.at + pair.rank]
+            update = torch.bmm(low_TRN.mT, pair.b_TRO)
+            update = self.table.ungroup(update.unflatten(1, (-1, x.shape[1])))
             return torch.add(y, update.to(y.dtype), alpha=layer.scale)
 
         return forward
+
+    def _low(self, x: Tensor, stack_TKI: Tensor) -> Tensor:
+        """The rows of every adapter times its A: [T, K, rows]."""
+        if self.shared is not None and self.shared[0] is x and self.shared[1] is stack_TKI:
+            return self.shared[2]
+        x_TNI = self.table.group(x).flatten(1, 2).to(stack_TKI.dtype)
+        # one row each: the matrix by the row is twice as fast on a CPU as the row by the matrix
+        one = x_TNI.shape[1] == 1
+        low_TKN = torch.bmm(stack_TKI, x_TNI.mT) if one else torch.bmm(x_TNI, stack_TKI.mT).mT
+        self.shared = (x, stack_TKI, low_TKN)
+        return low_TKN
+
+
+class _Pair(NamedTuple):
+    """One layer's adapters. Its A are rows [at, at + rank) of a stack that other layers may share."""
+
+    stack_TKI: Tensor
+    at: int
+    rank: int
+    b_TRO: Tensor

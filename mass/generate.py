@@ -198,15 +198,15 @@ def _admit(
         width = len(groups[0][0].prompt) - 1
         count = max(PREFILL_TOKENS // max(width, 1), 1)
         part, groups = groups[:count], groups[count:]
-        prefix = None
+        cached: list[tuple[Tensor, Tensor]] = []
         if width:
             adapters = RowAdapters(lm.lora, adapter) if adapter else None
             if adapters:
                 adapters.set_rows([rows[0].adapter for rows in part], tokens=width)
             with adapters.applied() if adapters else contextlib.nullcontext():
-                prefix = _prefill(lm, [rows[0].prompt[:-1] for rows in part])
+                cached = _prefill(lm, [rows[0].prompt[:-1] for rows in part])
         source = [i for i, rows in enumerate(part) for _ in rows]
-        cache.add(prefix, source, [len(row.prompt) - 1 for rows in part for row in rows])
+        cache.add(cached, source, [len(row.prompt) - 1 for rows in part for row in rows])
 
 
 def _prefill(lm: "LanguageModel", prompts: Sequence[Sequence[int]]) -> list[tuple[Tensor, Tensor]]:
