@@ -7,7 +7,7 @@ work with. Randomness is seeded by the problem's text and a number, so it depend
 import math
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -50,7 +50,7 @@ class Kit:
     depths         of the scorer's features; pool_kind: "solution" or "all"; temperature: of its softmax
     lr             0-d tensor for each adapter tensor; rule, steps (K), max_growth: of the update
     examples       N: practice examples, or own answers, of a problem
-    answering      how answers are drawn; greedy ones take its length limit alone
+    answering      how answers are drawn; greedy ones at temperature 0
     pool           training problems for shots and for `random`
     recompute      block by block in the update: less memory, more time (needs `parts`)
     """
@@ -360,7 +360,7 @@ def greedily(
         [p.text for p in problems],
         shots=[shots_for(kit, p).solve for p in problems] if shots is None else shots,
         adapter=adapter,
-        sampling=Sampling(kit.answering.max_new_tokens, 0.0, batch_rows=kit.answering.batch_rows),
+        sampling=replace(kit.answering, temperature=0.0),
         seeds=[[0]] * len(problems),
     )
     return [Answered(find_answer(r.text), r.text, len(r.tokens)) for (r,) in drawn]

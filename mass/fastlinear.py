@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mass import lora
@@ -81,7 +82,7 @@ class RowAdapters:
         self.device = next(iter(self.adapter.values())).device
         self.groups: list[list[str]] = []
         self.used: list[int] = []
-        self.dtype = torch.float32
+        self.dtype_a = self.dtype_b = torch.float32
         self.pairs: dict[str, _Pair] = {}
         self.table = RowTable([], 0, self.device)
         # the last input, the stack of A that it met, and their product
@@ -95,7 +96,10 @@ class RowAdapters:
         if not set(used) <= set(self.used) or 2 * len(used) <= len(self.used):
             weight = self.layers[self.names[0]].weight
             many = len(index) * tokens >= ROWS_FOR_BASE_TYPE * len(used) or weight.device.type != "cpu"
-            self.dtype = weight.dtype if many else torch.float32
+            self.dtype_a = self.dtype_b = weight.dtype if many else torch.float32
+            if len(index) * tokens == len(used):
+                # one token each: B is read once and no more, and the sum over it takes half the bytes as it comes
+                self.dtype_b = weight.dtype
             self.used = used
             self._pair_up(self.groups or [[name] for name in self.names])
         self.table = RowTable([self.used.index(i) for i in index], len(self.used), self.device)
@@ -106,11 +110,13 @@ class RowAdapters:
         for group in groups:
             one = chosen[f"{group[0]}.A"]
             stack_TKI = one if len(group) == 1 else torch.cat([chosen[f"{name}.A"] for name in group], 1)
-            stack_TKI = stack_TKI.to(self.dtype)
+            stack_TKI = stack_TKI.to(self.dtype_a)
             at = 0
             for name in group:
                 rank = chosen[f"{name}.A"].shape[1]
-                self.pairs[name] = _Pair(stack_TKI, at, rank, chosen[f"{name}.B"].to(self.dtype).mT)
+                # as the product reads it: a third less time for wide layers than through a transposed view
+                b_TRO = chosen[f"{name}.B"].to(self.dtype_b).mT.contiguous()
+                self.pairs[name] = _Pair(stack_TKI, at, rank, b_TRO)
                 at += rank
 
     @contextlib.contextmanager
@@ -140,7 +146,7 @@ class RowAdapters:
                 calls[-1].append(name) if again else calls.append([name])
             pair = self.pairs[name]
             low_TRN = self._low(x, pair.stack_TKI)[:, pair.at : pair.at + pair.rank]
-            update = torch.bmm(low_TRN.mT, pair.b_TRO)
+            update = _times_b(low_TRN.mT.to(pair.b_TRO.dtype), pair.b_TRO)
             update = self.table.ungroup(update.unflatten(1, (-1, x.shape[1])))
             return torch.add(y, update.to(y.dtype), alpha=layer.scale)
 
@@ -156,6 +162,17 @@ class RowAdapters:
         low_TKN = torch.bmm(stack_TKI, x_TNI.mT) if one else torch.bmm(x_TNI, stack_TKI.mT).mT
         self.shared = (x, stack_TKI, low_TKN)
         return low_TKN
+
+
+def _times_b(low_TNR: Tensor, b_TRO: Tensor) -> Tensor:
+    """[T, N, R] times [T, R, O]."""
+    if low_TNR.shape[1] > 1 or b_TRO.dtype != torch.bfloat16 or b_TRO.device.type != "cpu":
+        return torch.bmm(low_TNR, b_TRO)
+    # one row each: a weighted sum of B's rows, which this reads at the speed of memory and bf16's `bmm` does not
+    index_TR = torch.arange(b_TRO.shape[0] * b_TRO.shape[1]).view(b_TRO.shape[:2])
+    return F.embedding_bag(
+        index_TR, b_TRO.flatten(0, 1), mode="sum", per_sample_weights=low_TNR.squeeze(1)
+    ).unsqueeze(1)
 
 
 class _Pair(NamedTuple):

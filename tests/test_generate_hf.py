@@ -1,0 +1,75 @@
+"""The engine `hf` answers as our loop does wherever nothing is drawn, and leaves the model as it was."""
+
+from typing import Any
+
+import pytest
+import torch
+from test_generate import build, interrupted, some_adapters, some_prompts, tokens
+from transformers import GenerationConfig
+
+from mass import lora
+from mass.generate import Rollout, generate
+
+INDEX = [i % 3 for i in range(20)]
+
+
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    return build()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+@pytest.mark.parametrize("with_adapters", [False, True])
+def test_greedy_rollouts_are_ours(kind: str, with_adapters: bool) -> None:
+    lm = build(kind)
+    # what comes with a model must not matter
+    lm.hf.generation_config = GenerationConfig(eos_token_id=77, repetition_penalty=3.0, do_sample=True)
+    settings: dict[str, Any] = {"seeds": [0] * 20, "max_new_tokens": 12, "temperature": 0.0, "batch_rows": 4}
+    if with_adapters:
+        settings |= {"adapter": some_adapters(lm, 3), "adapter_index": INDEX}
+    free = generate(lm, some_prompts(20), **settings)
+    string = free[3].text[4:6]
+    settings |= {"stop_ids": list(range(20, 40)), "stop_strings": [string]}
+    want = generate(lm, some_prompts(20), **settings)
+    assert 5 < sum(row.finished for row in want) < 20 and want[3].finished
+    got = generate(lm, some_prompts(20), engine="hf", **settings)
+    assert tokens(got) == tokens(want)
+    for a, b in zip(got, want, strict=True):
+        assert (a.text, a.finished) == (b.text, b.finished)
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
+
+
+def test_draws_are_cut_and_seeded_and_leave_other_random_numbers_alone(llama: Any) -> None:
+    settings: dict[str, Any] = {"max_new_tokens": 1, "engine": "hf", "batch_rows": 200, "temperature": 8.0}
+
+    def draw(seed: int, **cuts: Any) -> list[Rollout]:
+        return generate(llama, [[7, 8, 9]] * 200, seeds=[seed] * 200, **settings, **cuts)
+
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    first = draw(3, top_k=4)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert first == draw(3, top_k=4) != draw(4, top_k=4)
+    with torch.no_grad():
+        logits = llama.hf(torch.tensor([[7, 8, 9]])).logits[0, -1]
+    # at temperature 1 and uncut, whatever they were drawn with
+    logprobs = logits.log_softmax(-1)
+    for row in first:
+        assert row.logprobs == pytest.approx([logprobs[row.tokens[0]].item()], abs=1e-3)
+    chance, order = (logits / 8).softmax(-1).sort(descending=True)
+    assert {row.tokens[0] for row in first} == set(order[:4].tolist())
+    nucleus = order[chance.cumsum(0) - chance < 0.3].tolist()
+    likely = order[chance >= 0.5 * chance[0]].tolist()
+    assert 1 < len(nucleus) != len(likely) > 1
+    assert {row.tokens[0] for row in draw(3, top_p=0.3)} == set(nucleus)
+    assert {row.tokens[0] for row in draw(3, min_p=0.5)} == set(likely)
+
+
+def test_control_c_leaves_the_model_as_it_was(llama: Any) -> None:
+    settings, adapters = llama.hf.generation_config, some_adapters(llama, 2)
+    with lora.using(llama.lora, lora.select(adapters, [1])):
+        slot = next(iter(llama.lora.values())).slot
+        with interrupted(llama.hf, 3), pytest.raises(KeyboardInterrupt):
+            generate(llama, [[5, 6], [8, 9]], seeds=[1, 2], max_new_tokens=9, adapter=adapters, engine="hf")
+        assert next(iter(llama.lora.values())).slot is slot
+    assert llama.hf.generation_config is settings
