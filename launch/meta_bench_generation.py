@@ -192,7 +192,6 @@ def ours(case: Row) -> Run:
 
 
 def hugging_face(case: Row) -> Run:
-    hf: Any
     loaded, tokenizer = load(case["model"], dtype=case["dtype"], device=case["device"])
     hf: Any = loaded
     ids = torch.tensor(prompts(tokenizer, case["batch"], case["samples"]), device=hf.device)

@@ -77,7 +77,7 @@ def _call(
     sampling: dict[str, Any] = {"do_sample": False}
     if cuts.temperature > 0:
         sampling = {"do_sample": True, "temperature": cuts.temperature, "top_k": cuts.top_k}
-        sampling |= {"top_p": cuts.top_p, "min_p": None}
+        sampling |= {"top_p": cuts.top_p, "min_p": cuts.min_p or None}
     hf: Any = lm.hf
     with torch.random.fork_rng():
         torch.manual_seed(seed)
