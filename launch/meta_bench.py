@@ -1,4 +1,4 @@
-"""Time and memory beside the peers, in one run: `python launch/meta_bench.py [gradients|adapt] [--json F] ...`.
+"""Time and memory beside the peers, in one run: `python launch/meta_bench.py [gradients | generation | adapt] [--json F] ...`.
 
 Every case runs in a process of its own, so that one case's memory is not another's. Rounds are interleaved (all cases,
 then all cases again) and the median is kept, so that a slow minute of the machine hits every row alike.
@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 import meta_bench_adapt as adapt
+import meta_bench_generation as generation
 import meta_bench_gradients as gradients
 from rich.console import Console
 from rich.progress import track
@@ -26,8 +27,9 @@ from rich.table import Table
 Row = dict[str, Any]
 
 # A subcommand is a module: add_arguments(parser), cases(args) -> list[Row], name(case), measure(case) -> Row (in its own
-# process), finish(rows) -> rows (ratios), COLUMNS {key: (heading, format)}, NOTES, and plot(rows, file).
-COMMANDS: dict[str, ModuleType] = {"gradients": gradients, "adapt": adapt}
+# process), finish(rows) -> rows (ratios), COLUMNS {key: (heading, format)}, NOTES, plot(rows, file), and CHECK = False if
+# nothing is to be measured once, outside the timed rounds.
+COMMANDS: dict[str, ModuleType] = {"gradients": gradients, "generation": generation, "adapt": adapt}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -45,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         own.add_argument(
             "--markdown", type=Path, metavar="F", help="write the table and the machine as Markdown"
         )
-        own.add_argument("--plot", type=Path, metavar="F", help="draw time against memory (.png, .svg)")
+        own.add_argument("--plot", type=Path, metavar="F", help="draw it (.png, .svg)")
         own.add_argument(
             "--rounds", type=int, default=3, help="times each case is timed; the median is kept [3]"
         )
@@ -85,12 +87,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(command: str, module: ModuleType, cases: list[Row], rounds: int, threads: int) -> list[Row]:
-    """Measure every case once with `check` (what does not vary) and `rounds` times without, interleaved.
+    """Measure every case once with `check` (what does not vary; unless CHECK is off), then `rounds` times, interleaved.
 
     A number is the median of its rounds; a case that failed has `error` and is not tried again.
     """
     samples: dict[str, list[Row]] = {module.name(case): [] for case in cases}
-    todo = [(case, i) for i in range(rounds + 1) for case in cases]
+    todo = [
+        (case, i) for i in range(0 if getattr(module, "CHECK", True) else 1, rounds + 1) for case in cases
+    ]
     for case, i in track(todo, "measuring", console=Console(stderr=True)):
         seen = samples[module.name(case)]
         if not any("error" in sample for sample in seen):

@@ -9,7 +9,7 @@ rounding: matrix products of other sizes round otherwise, which fp32 hardly ever
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,14 @@ from transformers.cache_utils import Cache, DynamicLayer
 from mass import lora
 from mass.errors import MassError
 from mass.fastlinear import RowAdapters, packed_linears
+from mass.generate_hf import continue_prompts
 from mass.kvcache import RowCache, attention_over
 from mass.sampling import Cuts, pick, row_uniforms
 
 if TYPE_CHECKING:
     from mass.model import LanguageModel
 
+Engine = Literal["ours", "hf"]
 # Prompt tokens in one prefill forward.
 PREFILL_TOKENS = 4096
 
@@ -70,13 +72,14 @@ def generate(
     stop_ids: Sequence[int] = (),
     stop_strings: Sequence[str] = (),
     batch_rows: int = 128,
+    engine: Engine = "ours",
 ) -> list[Rollout]:
     """Continue every prompt (token ids) by at most `max_new_tokens`: one Rollout a prompt, in their order.
 
     temperature 0 is greedy; top_p, top_k and min_p cut as in `transformers` (see `mass.sampling`). Row i
     draws from `seeds[i]` alone. `adapter` holds T adapters; row i uses adapter_index[i], by default i //
     (rows / T). A row ends at a stop id, at a stop string in its decoded text, or at the limit. At most
-    `batch_rows` rows run at a time.
+    `batch_rows` rows run at a time. `engine`: this loop, or `mass.generate_hf`, whose rows share random numbers.
 
     The model is left as it was found, after an exception and Ctrl-C too. Raises MassError for wrong
     arguments.
@@ -85,8 +88,25 @@ def generate(
     rows = _rows(prompts, seeds, max_new_tokens, adapter, adapter_index, batch_rows)
     stop = _Stop(lm.tokenizer, stop_ids, stop_strings)
     holding = lm.shards.held() if lm.shards and lm.shards.hold else contextlib.nullcontext()
-    with torch.no_grad(), holding, _evaluating(lm.hf), packed_linears(lm.hf), lora.using(lm.lora, None):
-        _decode(lm, rows, seeds, max_new_tokens, cuts, adapter, stop, batch_rows)
+    with torch.no_grad(), holding, _evaluating(lm.hf), lora.using(lm.lora, None):
+        if engine == "hf":
+            drawn = continue_prompts(
+                lm,
+                [row.prompt for row in rows],
+                [row.adapter for row in rows],
+                seeds,
+                max_new_tokens=max_new_tokens,
+                cuts=cuts,
+                adapter=adapter,
+                ends=stop.ends,
+                batch_rows=batch_rows,
+            )
+            for row, (tokens, logprobs) in zip(rows, drawn, strict=True):
+                row.tokens, row.logprobs = tokens, logprobs
+                row.finished = stop.ends(row.tokens)
+        else:
+            with packed_linears(lm.hf):
+                _decode(lm, rows, seeds, max_new_tokens, cuts, adapter, stop, batch_rows)
     return [Rollout(row.tokens, row.logprobs, row.finished, stop.text(row.tokens)) for row in rows]
 
 
@@ -199,15 +219,15 @@ def _admit(
         width = len(groups[0][0].prompt) - 1
         count = max(PREFILL_TOKENS // max(width, 1), 1)
         part, groups = groups[:count], groups[count:]
-        prefix = None
+        cached: list[tuple[Tensor, Tensor]] = []
         if width:
             adapters = RowAdapters(lm.lora, adapter) if adapter else None
             if adapters:
                 adapters.set_rows([rows[0].adapter for rows in part], tokens=width)
             with adapters.applied() if adapters else contextlib.nullcontext():
-                prefix = _prefill(lm, [rows[0].prompt[:-1] for rows in part])
+                cached = _prefill(lm, [rows[0].prompt[:-1] for rows in part])
         source = [i for i, rows in enumerate(part) for _ in rows]
-        cache.add(prefix, source, [len(row.prompt) - 1 for rows in part for row in rows])
+        cache.add(cached, source, [len(row.prompt) - 1 for rows in part for row in rows])
 
 
 def _prefill(lm: "LanguageModel", prompts: Sequence[Sequence[int]]) -> list[tuple[Tensor, Tensor]]:

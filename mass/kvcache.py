@@ -1,10 +1,10 @@
 """Keys and values for decoding many rows at once, and the attention that reads them.
 
-A row's past has two parts. The prefix is its prompt, stored once for the group of rows that share it: their
-queries meet it in one matrix product (as in Hydragen: Juravsky et al., arXiv 2402.05099). What the row wrote
-itself is in buffers whose columns are steps: all rows write column `end`, a row that joined at column s
-leaves the ones before masked. Buffers grow in chunks and are always read whole, because products over a slice
-of a buffer are several times slower on a CPU than those over all of it.
+A row's past has two parts. A prompt that several rows share is their prefix, stored once: their queries meet
+it in one matrix product (as in Hydragen: Juravsky et al., arXiv 2402.05099). What is the row's alone is in
+buffers whose columns are steps: all rows write column `end`, and the columns before a row's first are masked.
+Buffers grow in chunks and are always read whole, because products over a slice of a buffer are several times
+slower on a CPU than those over all of it.
 """
 
 import contextlib
@@ -67,8 +67,8 @@ class RowLayer(CacheLayerMixin):
 class RowCache(Cache):
     """The rows being decoded, [0, rows). One step: `reserve()`, a forward of one token a row, `advance()`.
 
-    For each row `lengths` holds the tokens of its prefix, `groups` whose prefix it reads, `starts` its first
-    column.
+    For each row `lengths` holds the tokens of its prefix (0: it has none), `groups` whose prefix it reads,
+    `starts` its first column.
     """
 
     def __init__(self, layers: int, slots: int, device: torch.device | str) -> None:
@@ -93,46 +93,80 @@ class RowCache(Cache):
         if self.end < self.capacity:
             return
         begin = min(self.starts)
-        self.starts = [start - begin for start in self.starts]
-        self.capacity = (self.end - begin) // CHUNK * CHUNK + CHUNK
+        self._move(begin, 0)
+
+    def _move(self, begin: int, to: int) -> None:
+        """Columns from `begin` on are now `to` and following, in buffers with room for one more."""
+        count = self.end - begin
+        self.capacity = (to + count) // CHUNK * CHUNK + CHUNK
         for layer in self.row_layers:
             if layer.is_initialized:
                 keys, values = layer.keys, layer.values
                 layer.lazy_initialization(keys, values)
-                layer.keys[: self.rows, :, : self.end - begin] = keys[: self.rows, :, begin : self.end]
-                layer.values[: self.rows, :, : self.end - begin] = values[: self.rows, :, begin : self.end]
-        self.end -= begin
+                layer.keys[: self.rows, :, to : to + count] = keys[: self.rows, :, begin : self.end]
+                layer.values[: self.rows, :, to : to + count] = values[: self.rows, :, begin : self.end]
+        self.starts = [start - begin + to for start in self.starts]
+        self.end = to + count
 
     def advance(self) -> None:
         """The forward has written column `end` of every row."""
         self.end += 1
 
     def add(
-        self, prefix: Sequence[tuple[Tensor, Tensor]] | None, source: Sequence[int], lengths: Sequence[int]
+        self, prompts: list[tuple[Tensor, Tensor]], source: Sequence[int], lengths: Sequence[int]
     ) -> None:
-        """New rows: row i reads the first lengths[i] tokens of row source[i] of `prefix`.
+        """New rows: row i reads the first lengths[i] tokens of prompt source[i].
 
-        `prefix` holds each layer's keys and values [sources, heads, tokens, width], padded on the right; it
-        is None where every length is 0, and is kept, not copied, where no row was there before.
+        `prompts` holds each layer's keys and values [prompts, heads, tokens, width], padded on the right, and is
+        emptied meanwhile; it is empty where every length is 0. If no two rows share a prompt, each goes into its
+        row's columns: two products a layer instead of four.
         """
         if not self.rows:
             self._drop_all()
-        if prefix is not None:
-            added, _, tokens, _ = prefix[0][0].shape
-            longest = max(tokens, self.prefix_tokens)
-            for layer, (keys, values) in zip(self.row_layers, prefix, strict=True):
-                pair = (_pad(keys, longest), _pad(values, longest))
-                if layer.prefix is not None:
-                    old = (_pad(layer.prefix[0], longest), _pad(layer.prefix[1], longest))
-                    pair = (torch.cat([old[0], pair[0]]), torch.cat([old[1], pair[1]]))
-                layer.prefix = pair
-            source = [self.group_count + row for row in source]
-            self.group_count, self.prefix_tokens = self.group_count + added, longest
-        self.groups += source if prefix is not None else [0] * len(lengths)
-        self.lengths += lengths
-        self.starts += [self.end] * len(lengths)
-        self.rows += len(lengths)
+        first, self.rows = self.rows, self.rows + len(lengths)
+        if prompts and len(set(source)) < len(source):
+            self.groups += [self.group_count + prompt for prompt in source]
+            self.lengths += lengths
+            self.starts += [self.end] * len(lengths)
+            self._add_prefixes(prompts)
+        else:
+            self._add_columns(first, prompts, source, lengths)
         self._table = None
+
+    def _add_prefixes(self, prompts: list[tuple[Tensor, Tensor]]) -> None:
+        added, _, tokens, _ = prompts[0][0].shape
+        longest = max(tokens, self.prefix_tokens)
+        for layer in self.row_layers:
+            keys, values = prompts.pop(0)
+            pair = (_pad(keys, longest), _pad(values, longest))
+            if layer.prefix is not None:
+                old = (_pad(layer.prefix[0], longest), _pad(layer.prefix[1], longest))
+                pair = (torch.cat([old[0], pair[0]]), torch.cat([old[1], pair[1]]))
+            layer.prefix = pair
+        self.group_count, self.prefix_tokens = self.group_count + added, longest
+
+    def _add_columns(
+        self,
+        first: int,
+        prompts: list[tuple[Tensor, Tensor]],
+        source: Sequence[int],
+        lengths: Sequence[int],
+    ) -> None:
+        """Rows from `first` on, their prompts in the columns before `end`."""
+        if max(lengths) > self.end:
+            # the others' columns move to the right
+            self._move(0, max(lengths) - self.end)
+        self.groups += [0] * len(lengths)
+        self.lengths += [0] * len(lengths)
+        self.starts += [self.end - length for length in lengths]
+        for layer in self.row_layers if prompts else []:
+            keys, values = prompts.pop(0)
+            if not layer.is_initialized:
+                layer.lazy_initialization(keys, values)
+            for row, (prompt, length) in enumerate(zip(source, lengths, strict=True), first):
+                columns = slice(self.end - length, self.end)
+                layer.keys[row, :, columns] = keys[prompt, :, :length]
+                layer.values[row, :, columns] = values[prompt, :, :length]
 
     def keep(self, kept: Sequence[int]) -> list[int]:
         """Drop all rows but these. The last ones fill the gaps; returns which old row each row now is."""
@@ -151,20 +185,21 @@ class RowCache(Cache):
         self.groups = [self.groups[row] for row in sources]
         self.rows = len(sources)
         self._table = None
-        used = sorted(set(self.groups))
-        if self.prefix_tokens and 0 < 2 * len(used) <= self.group_count:
+        used = sorted({group for group, length in zip(self.groups, self.lengths, strict=True) if length})
+        if self.group_count and 2 * len(used) <= self.group_count:
             self._keep_groups(used)
         return sources
 
     def _keep_groups(self, used: Sequence[int]) -> None:
         """Give up the prefixes that no row reads any more."""
-        longest = max(self.lengths)
+        longest = max(self.lengths, default=0)
         index = self._ints(used)
         for layer in self.row_layers:
             if layer.prefix is not None:
                 keys, values = (tensor[:, :, :longest].index_select(0, index) for tensor in layer.prefix)
                 layer.prefix = (keys, values) if longest else None
-        self.groups = [used.index(group) for group in self.groups]
+        place = {group: i for i, group in enumerate(used)}
+        self.groups = [place.get(group, 0) for group in self.groups]
         self.group_count, self.prefix_tokens = len(used) if longest else 0, longest
 
     def _drop_all(self) -> None:

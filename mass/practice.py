@@ -12,7 +12,7 @@ from mass import inner, scorer
 from mass.batch import Packed, Sequence, pack
 from mass.blocks import Split, attends_fully
 from mass.forward import example_loss, loss_and_grad, token_logprobs
-from mass.generate import Rollout, generate
+from mass.generate import Engine, Rollout, generate
 from mass.inner import Gradient, Trajectory
 from mass.lora import Adapter
 from mass.model import LanguageModel, context_length
@@ -30,6 +30,7 @@ class Sampling:
     top_k: int = 0
     min_p: float = 0.0
     batch_rows: int = 128
+    engine: Engine = "ours"
 
 
 @dataclass(frozen=True)
@@ -272,6 +273,7 @@ def _draw(
         stop_ids=prompts.stop_ids,
         stop_strings=prompts.stop_strings,
         batch_rows=sampling.batch_rows,
+        engine=sampling.engine,
     )
     out: list[list[Rollout]] = [[] for _ in asked]
     for (t, _), rollout in zip(rows, flat, strict=True):

@@ -116,6 +116,9 @@ class Generate:
     min_p: float = _key(0.0, "drop tokens less likely than this share of the likeliest; 0 = off", ge=0, lt=1)
     batch_rows: int = _key(128, "sequences generated at once", ge=1)
     answer_tokens: int = _key(128, "longest answer, greedy or rollout, in tokens", ge=1)
+    engine: Literal["ours", "hf"] = _key(
+        "ours", "decode loop: mass's own, or generate of transformers (slow, for comparison)"
+    )
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,9 @@ from transformers import (
 
 from mass import lora
 from mass.errors import MassError
+from mass.fastlinear import RowAdapters
 from mass.generate import Rollout, generate
+from mass.kvcache import RowCache
 
 VOCABULARY = 300
 SIZES: dict[str, Any] = {
@@ -150,6 +152,85 @@ def test_greedy_with_adapters_is_hugging_face_s(kind: str) -> None:
     assert parts == tokens(
         generate(lm, prompts, adapter=adapters, adapter_index=[i // 6 for i in range(18)], **settings)
     )
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_shared_prompts_and_prompts_of_one_row_decode_side_by_side(kind: str) -> None:
+    lm = build(kind)
+    prompts = sorted(some_prompts(14, longest=50, seed=5), key=len)
+    # the longest are taken first; rows end at their own times, and others join those that remain
+    copies = [*prompts, *prompts[-2:] * 2, *prompts[4:7] * 3]
+    stops = list(range(3, 40))
+    want = {}
+    for prompt in prompts:
+        row = reference(lm, prompt, 14)
+        last = next((i for i, token in enumerate(row) if token in stops), 13)
+        want[tuple(prompt)] = row[: last + 1]
+    assert len({len(row) for row in want.values()}) > 4
+    settings: dict[str, Any] = {"max_new_tokens": 14, "temperature": 0.0, "stop_ids": stops}
+    for batch_rows in (64, 9, 4):
+        rows = generate(lm, copies, seeds=[0] * len(copies), batch_rows=batch_rows, **settings)
+        assert tokens(rows) == [want[tuple(prompt)] for prompt in copies]
+
+
+def test_only_a_prompt_that_rows_share_is_kept_apart() -> None:
+    def prompts(count: int, width: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        keys = torch.arange(1.0, count * width + 1).view(count, 1, width, 1)
+        return [(keys, -keys)]
+
+    cache = RowCache(1, 8, "cpu")
+    (layer,) = cache.row_layers
+    cache.add(prompts(1, 3), [0, 0], [3, 3])
+    assert layer.prefix is not None and cache.positions().tolist() == [3, 3]
+    # 40 columns, more than a chunk: those of the first two rows, none so far, move to the right
+    cache.add(prompts(2, 40), [0, 1], [40, 39])
+    assert cache.group_count == 1 and cache.positions().tolist() == [3, 3, 40, 39]
+    cache.reserve()
+    seen = cache.bias(None)[:, 0, 0] == 0
+    assert seen.sum(1).tolist() == [4, 4, 41, 40]
+    assert layer.keys[2, 0, :40, 0].tolist() == list(range(1, 41))
+    assert layer.values[3, 0, 1:40, 0].tolist() == [-float(i) for i in range(41, 80)]
+
+
+def test_layers_called_with_one_tensor_share_the_product_by_a(llama: Any) -> None:
+    adapters = some_adapters(llama, 3)
+    rows = RowAdapters(llama.lora, adapters)
+    x = torch.tensor([[5, 6, 7], [9, 8, 7], [5, 5, 5]])
+    index = [2, 0, 2]
+    want = []
+    for i, which in enumerate(index):
+        with lora.using(llama.lora, lora.select(adapters, [which])):
+            want.append(llama.hf(x[i : i + 1]).logits)
+
+    def products() -> int:
+        with torch.profiler.profile() as seen:
+            got = llama.hf(x).logits
+        torch.testing.assert_close(got, torch.cat(want), atol=1e-4, rtol=1e-4)
+        return sum(event.count for event in seen.key_averages() if event.key == "aten::bmm")
+
+    rows.set_rows(index, tokens=3)
+    with rows.applied():
+        first = products()
+    # q, k, v and gate, up: three products by A fewer in each of two layers
+    with rows.applied():
+        assert first - products() == 2 * 3
+
+
+def test_a_layer_that_the_first_forward_left_out_follows_the_rows_too(llama: Any) -> None:
+    adapters = some_adapters(llama, 4)
+    rows = RowAdapters(llama.lora, adapters)
+    rows.set_rows([0, 1, 2, 3])
+    first, *_, last = llama.lora
+    width = llama.lora[last].weight.shape[1]
+    x = torch.randn(1, 1, width, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        with rows.applied():
+            llama.lora[first](torch.randn(4, 1, llama.lora[first].weight.shape[1]))
+        rows.set_rows([3])
+        with rows.applied():
+            got = llama.lora[last](x)
+        with lora.using(llama.lora, lora.select(adapters, [3])):
+            torch.testing.assert_close(got, llama.lora[last](x), atol=1e-5, rtol=1e-5)
 
 
 def test_the_base_model_answers_where_a_slot_is_full(llama: Any) -> None:
@@ -350,9 +431,9 @@ def test_memory_stays_flat_over_many_batches(llama: Any) -> None:
     def batch(seed: int) -> None:
         generate(
             llama,
-            some_prompts(6, seed=seed),
-            seeds=range(6),
-            max_new_tokens=8,
+            some_prompts(4, seed=seed),
+            seeds=range(4),
+            max_new_tokens=3,
             adapter=some_adapters(llama, 2),
         )
 
@@ -363,6 +444,6 @@ def test_memory_stays_flat_over_many_batches(llama: Any) -> None:
     for seed in range(5):
         batch(seed)
     before = held()
-    for seed in range(100):
+    for seed in range(500):
         batch(seed)
     assert held() <= before

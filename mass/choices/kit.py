@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -57,7 +57,7 @@ class Kit:
     depths         of the scorer's features; pool_kind: "solution" or "all"; temperature: of its softmax
     lr             0-d tensor for each adapter tensor; rule, steps (K), max_growth: of the update
     examples       N: practice examples, or own answers, of a problem (without a budget)
-    answering      how answers are drawn; greedy ones take its length limit alone
+    answering      how answers are drawn; greedy ones at temperature 0
     pool           training problems for shots and for `random`
     budget         tokens that a problem may cost, generated plus trained; None: no limit, N is `examples`
     teacher        who writes the examples of `tt-d`
@@ -222,7 +222,7 @@ def greedily(
         [p.text for p in problems],
         shots=[shots_for(kit, p).solve for p in problems] if shots is None else shots,
         adapter=adapter,
-        sampling=Sampling(kit.answering.max_new_tokens, 0.0, batch_rows=kit.answering.batch_rows),
+        sampling=replace(kit.answering, temperature=0.0),
         seeds=[[0]] * len(problems),
         adapter_of=adapter_of,
     )
