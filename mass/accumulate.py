@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from mass import episode
-from mass.episode import Result, Setting
+from mass.episode import Result
 from mass.lora import Adapter
 from mass.problems import Task
+from mass.setting import Setting
 
 # Metrics that add up over parts and ranks; the others are means over tasks.
 SUMS = ("tokens/", "verifier/failures")

@@ -5,7 +5,6 @@ is the order of docs/mathematics.md. Every loss is a mean over this rank's T tas
 included (its part is zero), so that the mean over ranks is the mean over all tasks.
 """
 
-import math
 import time
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
@@ -17,48 +16,23 @@ from torch import Tensor
 
 from mass import metagrad, outer, scorer
 from mass.batch import Packed, Sequence, pack
-from mass.blocks import Split, attends_fully
-from mass.choices import Kit
+from mass.blocks import attends_fully
 from mass.forward import loss_and_grad, token_logprobs
 from mass.lora import Adapter, expand
-from mass.metagrad import MetaGradient, Products
-from mass.model import LanguageModel
-from mass.optimizers import Rule
-from mass.practice import (
-    Practice,
-    Sampling,
-    Tuned,
-    answer,
-    features,
-    fine_tune,
-    seed_of,
-    solve_sequence,
-    write_examples,
+from mass.metagrad import MetaGradient
+from mass.metrics import step_metrics, truth_metrics
+from mass.outer_loss import outer_loss
+from mass.practice import Practice, Tuned, answer, features, fine_tune, seed_of, write_examples
+from mass.problems import Task
+from mass.setting import (
+    Setting,
+    answer_sampling,
+    draw_shots,
+    example_sampling,
+    inner_rates,
+    make_products,
+    rate_name,
 )
-from mass.problems import Task, truth
-from mass.prompts import Prompts, Shots, pick_shots
-from mass.recipe import Recipe
-from mass.rewards import Verifier
-from mass.scorer import Scorer
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What stays the same over all outer steps of a run."""
-
-    recipe: Recipe
-    lm: LanguageModel
-    parts: Split | None
-    engine: str
-    recompute: bool
-    # first-order passes block by block
-    checkpoint: bool
-    why: str
-    prompts: Prompts
-    pool: list[Task]
-    verifier: Verifier
-    rule: Rule
-    head: Scorer
 
 
 @dataclass
@@ -77,34 +51,6 @@ class Result:
     credit_TN: Tensor
     answers: tuple[list[str], list[str]]
     seconds: dict[str, float] = field(default_factory=dict)
-
-
-def inner_rates(setting: Setting, log_lr: Mapping[str, Tensor], policy: Adapter) -> dict[str, Tensor]:
-    """The inner learning rate of each adapter tensor, 0-d: the recipe's, or exp of the learned logarithm."""
-    lr = setting.recipe.inner.lr
-    if setting.recipe.inner.learned_lr == "no":
-        return {key: torch.tensor(lr, device=x.device, dtype=x.dtype) for key, x in policy.items()}
-    return {key: log_lr[rate_name(setting, key)].exp().squeeze() for key in policy}
-
-
-def rate_name(setting: Setting, key: str) -> str:
-    """The learned rate that an adapter tensor belongs to: one for all, or one a decoder block."""
-    if setting.recipe.inner.learned_lr == "one" or setting.parts is None:
-        return "all"
-    return next((f"block{i}" for i, p in enumerate(setting.parts.prefix) if key.startswith(p)), "rest")
-
-
-def make_products(setting: Setting, packed: Packed, weight_TN: Tensor) -> Products:
-    """The engine that the recipe (or `auto`) chose, on this batch."""
-    lm = setting.lm
-    if setting.engine == "reverse":
-        return metagrad.Reverse(lm.hf, lm.lora, packed, weight_TN)
-    if setting.engine == "blockwise":
-        assert setting.parts is not None
-        return metagrad.blockwise(lm.hf, setting.parts, packed, weight_TN, recompute=setting.recompute)
-    parts = setting.parts if setting.checkpoint else None
-    central = not setting.recipe.meta_gradient.one_sided
-    return metagrad.finite_difference(lm.hf, lm.lora, packed, weight_TN, parts=parts, central=central)
 
 
 def run(
@@ -227,164 +173,13 @@ def run(
     lm.settle()
     if lm.shards:
         clock.seconds["gather"] = lm.shards.waited - waited
-    metrics, counts = _metrics(
-        setting, practice, score_TN, weight_TN, by_score_TN, tuned, before, after, counts_T
-    )
-    metrics |= _known(practice, tasks, score_TN.detach(), by_score_TN, counts_T)
+    metrics, counts = step_metrics(practice, score_TN, weight_TN, by_score_TN, tuned, before, after, counts_T)
+    metrics |= truth_metrics(practice, tasks, score_TN.detach(), by_score_TN, counts_T)
     metrics["policy/kl"] = kl
     if N > 1:
         metrics["generator/advantage_spread"] = advantage_TN.std(1).mean().item()
     counts = dict.fromkeys(metrics, T) | counts
     return Result(gradients, metrics, counts, practice, weight_TN, -by_score_TN, answers, clock.seconds)
-
-
-def draw_shots(setting: Setting, tasks: Seq[Task]) -> list[Shots]:
-    """The few-shot material of each task."""
-    r = setting.recipe
-    solve, pairs = r.prompt.solve_shots, r.prompt.generate_shots
-    return [pick_shots(setting.pool, solve, r.run.seed, t.problem.id, pairs=pairs) for t in tasks]
-
-
-def example_sampling(recipe: Recipe) -> Sampling:
-    """How practice examples are drawn."""
-    g = recipe.generate
-    return Sampling(g.max_new_tokens, g.temperature, g.top_p, g.top_k, g.min_p, g.batch_rows, g.engine)
-
-
-def answer_sampling(recipe: Recipe, temperature: float = 0.0) -> Sampling:
-    """How answers are drawn: greedily, or at a temperature."""
-    g = recipe.generate
-    return Sampling(g.answer_tokens, temperature, batch_rows=g.batch_rows, engine=g.engine)
-
-
-def kit(setting: Setting, policy: Adapter, eta: Mapping[str, Tensor], log_lr: Mapping[str, Tensor]) -> Kit:
-    """What test-time methods work with, at this moment of training."""
-    r = setting.recipe
-    return Kit(
-        setting.lm,
-        setting.prompts,
-        setting.rule,
-        inner_rates(setting, log_lr, policy),
-        example_sampling(r),
-        answer_sampling(r, r.generate.temperature),
-        examples=r.generate.examples,
-        steps=r.inner.steps,
-        max_growth=r.inner.max_growth,
-        policy=policy,
-        head=setting.head,
-        eta=eta,
-        depths=r.scorer.layers,
-        pool_kind=r.scorer.pool,
-        temperature=r.scorer.temperature,
-        pool=setting.pool,
-        solve_shots=r.prompt.solve_shots,
-        generate_shots=r.prompt.generate_shots,
-        parts=setting.parts,
-        recompute=setting.checkpoint,
-        seed=r.run.seed,
-    )
-
-
-@dataclass(frozen=True)
-class OuterLoss:
-    """An outer loss at one adapter: per task [T], its gradient [T, ...] (empty if not asked for), solve rate [T]."""
-
-    loss_T: Tensor
-    grad: Adapter
-    solved_T: Tensor
-    failures: int
-    tokens: int
-
-
-def outer_loss(
-    setting: Setting,
-    tasks: Seq[Task],
-    shots: Seq[Seq[tuple[str, str]]],
-    adapter: Adapter,
-    step: int,
-    when: str,
-    need_grad: bool = True,
-) -> OuterLoss:
-    """The recipe's outer loss of T tasks, each at its own adapter. `step` and `when` seed sampled answers."""
-    if setting.recipe.outer.loss == "gold":
-        return _gold(setting, tasks, shots, adapter, need_grad)
-    return _verified(setting, tasks, shots, adapter, step, when, need_grad)
-
-
-def _gold(
-    setting: Setting,
-    tasks: Seq[Task],
-    shots: Seq[Seq[tuple[str, str]]],
-    adapter: Adapter,
-    need_grad: bool = True,
-) -> OuterLoss:
-    lm, prompts = setting.lm, setting.prompts
-    rows = [
-        [solve_sequence(prompts, t.problem.text, t.solution, s)] for t, s in zip(tasks, shots, strict=True)
-    ]
-    packed = pack(rows, lm.tokenizer.pad_token_id, lm.device)
-    parts = setting.parts if setting.checkpoint else None
-    grad: Adapter = {}
-    if need_grad:
-        _, logprob_M, grad = loss_and_grad(
-            lm.hf, lm.lora, packed, adapter, lambda x: outer.gold_loss(packed, x).sum(), parts=parts
-        )
-    else:
-        with torch.no_grad():
-            logprob_M = token_logprobs(lm.hf, lm.lora, packed, adapter)
-    unknown_T = torch.full((len(tasks),), math.nan)
-    return OuterLoss(outer.gold_loss(packed, logprob_M), grad, unknown_T, 0, packed.size)
-
-
-def _verified(
-    setting: Setting,
-    tasks: Seq[Task],
-    shots: Seq[Seq[tuple[str, str]]],
-    adapter: Adapter,
-    step: int,
-    when: str,
-    need_grad: bool = True,
-) -> OuterLoss:
-    recipe, lm, prompts = setting.recipe, setting.lm, setting.prompts
-    G = recipe.outer.rollouts
-    drawn = answer(
-        lm,
-        prompts,
-        [t.problem.text for t in tasks],
-        shots=shots,
-        adapter=adapter,
-        sampling=answer_sampling(recipe, temperature=1.0),
-        seeds=[[seed_of(recipe.run.seed, step, t.problem.id, when, j) for j in range(G)] for t in tasks],
-    )
-    lm.settle()
-    pairs = [(r.text, t) for own, t in zip(drawn, tasks, strict=True) for r in own]
-    verdicts = setting.verifier.verify_all(pairs)
-    reward_TG = torch.tensor([v.score for v in verdicts], device=lm.device).view(len(tasks), G)
-    advantage_TG = outer.group_advantage(reward_TG, recipe.outer.min_spread)
-    rows = [
-        [
-            Sequence([*prompts.solve(t.problem.text, s), *r.tokens], len(prompts.solve(t.problem.text, s)))
-            for r in own
-        ]
-        for t, s, own in zip(tasks, shots, drawn, strict=True)
-    ]
-    packed = pack(rows, lm.tokenizer.pad_token_id, lm.device, share=attends_fully(lm.hf))
-    grad: Adapter = {}
-    if need_grad:
-        parts = setting.parts if setting.checkpoint else None
-        loss, logprob_M, grad = loss_and_grad(
-            lm.hf,
-            lm.lora,
-            packed,
-            adapter,
-            lambda x: outer.verifier_loss(packed, x, advantage_TG).sum(),
-            parts=parts,
-        )
-    # What is reported as the loss is 1 - mean reward: the surrogate's own value is zero in expectation.
-    known = torch.isfinite(reward_TG)
-    solved_T = (reward_TG.nan_to_num() * known).sum(1) / known.sum(1).clamp(min=1)
-    failures = sum(v.status in ("failed", "timeout") for v in verdicts)
-    return OuterLoss(1 - solved_T, grad, solved_T, failures, sum(len(r.tokens) for own in drawn for r in own))
 
 
 def _generator_gradient(
@@ -467,96 +262,6 @@ def _show(
         )
         texts.append([own[0].text for own in drawn])
     return texts[0], texts[1]
-
-
-def _metrics(
-    setting: Setting,
-    practice: Practice,
-    score_TN: Tensor,
-    weight_TN: Tensor,
-    by_score_TN: Tensor,
-    tuned: Tuned,
-    before: OuterLoss,
-    after: OuterLoss,
-    counts_T: Tensor,
-) -> tuple[dict[str, float], dict[str, int]]:
-    """Metrics, and what those are means of that are not means over all T tasks."""
-    valid_TN = practice.valid_TN
-    examples = [e for own in practice.examples for e in own]
-    rollouts = [r for own in practice.rollouts for r in own]
-    has_T = valid_TN.any(1)
-    length_TN = torch.tensor([[float(len(r.tokens)) for r in own] for own in practice.rollouts])
-    related = [
-        outer.correlation(-credit_N[valid_N].cpu(), length_N[valid_N.cpu()])
-        for credit_N, length_N, valid_N in zip(by_score_TN, length_TN, valid_TN, strict=True)
-    ]
-    related = [x for x in related if math.isfinite(x)]
-    out = {
-        "meta/loss": after.loss_T.mean().item(),
-        "meta/loss_before": before.loss_T.mean().item(),
-        "meta/gain": (before.loss_T - after.loss_T).mean().item(),
-        "meta/exploded": (tuned.exploded_T & has_T).float().mean().item(),
-        "inner/loss_first": _mean(tuned.before_T[has_T]),
-        "inner/loss_last": _mean(tuned.after_T[has_T]),
-        "inner/clipped": tuned.trajectory.clipped_T.float().mean().item(),
-        "inner/padding": practice.packed.padding,
-        "scorer/effective_examples": _mean(scorer.effective_examples(weight_TN)[has_T]),
-        "scorer/score_std": _mean(scorer.saturation(score_TN.detach(), valid_TN)[has_T].sqrt()),
-        "generator/valid": valid_TN.float().mean().item(),
-        "generator/length": sum(len(r.tokens) for r in rollouts) / len(rollouts),
-        "generator/empty_tasks": 1 - has_T.float().mean().item(),
-        "generator/credit_length_correlation": sum(related) / len(related) if related else math.nan,
-        # Credits of a task sum to zero: their root mean square is their standard deviation.
-        "credit/spread": _mean(by_score_TN[counts_T].square().mean(1).sqrt()),
-        "verifier/failures": float(before.failures + after.failures),
-        "tokens/generated": float(sum(len(r.tokens) for r in rollouts)),
-        "tokens/trained": float(practice.packed.size * len(tuned.trajectory.steps)),
-        "tokens/outer": float(before.tokens + after.tokens),
-    }
-    for reason in ("no_solution", "no_answer", "truncated", "copy", "duplicate"):
-        out[f"generator/{reason}"] = sum(e.reason == reason for e in examples) / len(examples)
-    out["generator/no_solution"] += sum(e.reason == "empty" for e in examples) / len(examples)
-    if setting.recipe.outer.loss == "verifier":
-        out["reward/solve_before"] = before.solved_T.mean().item()
-        out["reward/solve_after"] = after.solved_T.mean().item()
-    has = int(has_T.sum())
-    counts = dict.fromkeys(
-        ("inner/loss_first", "inner/loss_last", "scorer/effective_examples", "scorer/score_std"), has
-    )
-    counts |= {
-        "credit/spread": int(counts_T.sum()),
-        "generator/credit_length_correlation": len(related),
-        "inner/padding": practice.packed.tokens_TPS.numel(),
-    }
-    return out, counts | {key: 1 for key in out if key.startswith(("tokens/", "verifier/"))}
-
-
-def known_truth(practice: Practice, tasks: Seq[Task]) -> tuple[Tensor, Tensor]:
-    """Which examples are right and of their target's family, and of which valid ones that is known; both [T, N] bool."""
-    truths = [
-        [truth(task, e.problem, e.solution) if e.valid else None for e in own]
-        for task, own in zip(tasks, practice.examples, strict=True)
-    ]
-    good = [[x is not None and x.right and x.kin for x in own] for own in truths]
-    known = [[x is not None for x in own] for own in truths]
-    device = practice.valid_TN.device
-    return torch.tensor(good, device=device), torch.tensor(known, device=device)
-
-
-def _known(
-    practice: Practice, tasks: Seq[Task], score_TN: Tensor, by_score_TN: Tensor, counts_T: Tensor
-) -> dict[str, float]:
-    """What only the truth of the examples can tell; NaN where it is not known."""
-    good_TN, known_TN = known_truth(practice, tasks)
-    return {
-        "scorer/auc": outer.auc(score_TN, good_TN, known_TN),
-        "credit/auc": outer.auc(-by_score_TN, good_TN, known_TN & counts_T.unsqueeze(1)),
-        "generator/right": _mean(good_TN[known_TN].float()),
-    }
-
-
-def _mean(x: Tensor) -> float:
-    return x.mean().item() if x.numel() else math.nan
 
 
 class Clock:

@@ -17,7 +17,6 @@ from mass import checkpoint, chooser, recipe, teacher
 from mass.blocks import Split, split
 from mass.choices import Guard, Kit, Knobs, Teacher
 from mass.choices.guards import fisher_information
-from mass.episode import answer_sampling, example_sampling
 from mass.errors import MassError
 from mass.forward import check_model
 from mass.lora import LoraLinear, LoraShape, attach, detach, load_peft, read_peft_shape
@@ -28,6 +27,7 @@ from mass.problems import Problem, Task, draw_pool, load_tasks
 from mass.prompts import make_prompts
 from mass.recipe import Recipe
 from mass.scorer import Scorer
+from mass.setting import answer_sampling, example_sampling
 
 # what a saved adapter and scorer were made with
 FIXED = ("lora.", "scorer.layers", "scorer.hidden", "scorer.pool")

@@ -15,14 +15,17 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from torch.nn import functional as F
 
-from mass import episode, outer, scorer
+from mass import episode, metrics, outer, scorer
 from mass.choices import Room, own_answers
-from mass.episode import Result, Setting
+from mass.episode import Result
 from mass.inner import Step
 from mass.lora import Adapter, expand
+from mass.outer_loss import outer_loss
 from mass.practice import Practice, features, fine_tune
 from mass.problems import Task
 from mass.scorer import Scorer
+from mass.setting import Setting, draw_shots, inner_rates, make_products
+from mass.setting import kit as test_time_kit
 
 # inner.lr times these is tried: three decades, half a decade apart
 RATES = tuple(10 ** (k / 2) for k in range(-3, 4))
@@ -127,7 +130,7 @@ def probe(
     size_TN = torch.cat([x.credit_TN[x.practice.valid_TN].abs() for x in made])
     spread_T = torch.cat([x.credit_TN.square().mean(1).sqrt() for x in made])
 
-    judged, right = [], [episode.known_truth(x.practice, b) for x, b in zip(made, batches, strict=True)]
+    judged, right = [], [metrics.known_truth(x.practice, b) for x, b in zip(made, batches, strict=True)]
     if any(known.any() for _, known in right):
         how, judged = "truth", made
     else:
@@ -136,7 +139,7 @@ def probe(
             say("own answers, for the verifier to judge")
             problems = [task.problem for task in batch]
             practice = own_answers(
-                episode.kit(setting, policy, eta, {}), problems, Room(None, 0, False, [[] for _ in batch])
+                test_time_kit(setting, policy, eta, {}), problems, Room(None, 0, False, [[] for _ in batch])
             )
             judged.append(episode.run(setting, batch, STEP, policy, eta, {}, practice=practice))
         right = [_verified(setting, x.practice, b) for x, b in zip(judged, batches, strict=True)]
@@ -228,7 +231,7 @@ def _rate(
         before.append(result.metrics["meta/loss_before"])
         uniform.append(result.metrics["meta/loss"])
         exploded.append(result.metrics["meta/exploded"])
-        good_TN, known_TN = episode.known_truth(practice, batch)
+        good_TN, known_TN = metrics.known_truth(practice, batch)
         ordered = outer.ordered_pairs(result.credit_TN, good_TN, known_TN)
         won, pairs = won + ordered[0], pairs + ordered[1]
         if known_TN.any():
@@ -256,14 +259,14 @@ def _loss_after(
         weight_TN,
         expand(policy, len(tasks)),
         rule=setting.rule,
-        lr=episode.inner_rates(setting, {}, policy),
+        lr=inner_rates(setting, {}, policy),
         steps=i.steps,
         max_growth=i.max_growth,
         parts=setting.parts if setting.checkpoint else None,
     )
-    shots = [own.solve for own in episode.draw_shots(setting, tasks)]
+    shots = [own.solve for own in draw_shots(setting, tasks)]
     adapter = tuned.trajectory.adapter
-    return episode.outer_loss(setting, tasks, shots, adapter, STEP, "after", need_grad=False).loss_T
+    return outer_loss(setting, tasks, shots, adapter, STEP, "after", need_grad=False).loss_T
 
 
 def _leave_one_out(
@@ -296,9 +299,9 @@ def _one_step(
 ) -> Tensor:
     """<grad l_i, grad L> of each example at phi_0, [T, N]."""
     start = expand(policy, len(tasks))
-    shots = [own.solve for own in episode.draw_shots(setting, tasks)]
-    gradient = episode.outer_loss(setting, tasks, shots, start, STEP, "before").grad
-    products = episode.make_products(setting, practice.packed, weight_TN)
+    shots = [own.solve for own in draw_shots(setting, tasks)]
+    gradient = outer_loss(setting, tasks, shots, start, STEP, "before").grad
+    products = make_products(setting, practice.packed, weight_TN)
     zero = torch.zeros_like(weight_TN)
     c_TN, _ = products(Step(start, {}, gradient, zero), gradient, False)
     return c_TN

@@ -6,11 +6,12 @@ import torch
 
 from mass.checkpoint import Run
 from mass.distributed import World
-from mass.episode import Result, Setting
+from mass.episode import Result
 from mass.log import RunLog, SampleRow, SampleTable
 from mass.problems import Task
 from mass.recipe import Recipe, dump
 from mass.rewards import find_answer
+from mass.setting import Setting
 
 
 def introduce(

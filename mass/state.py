@@ -10,11 +10,11 @@ from mass import checkpoint, distributed
 from mass.checkpoint import Contents, Run
 from mass.distributed import World
 from mass.engine import Outer
-from mass.episode import Setting
 from mass.errors import MassError
 from mass.log import write_atomic
 from mass.problems import Cursor, Task
 from mass.recipe import Recipe
+from mass.setting import Setting
 
 
 def save(

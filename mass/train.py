@@ -22,7 +22,6 @@ from mass import (
     checkpoint,
     distributed,
     engine,
-    episode,
     lora,
     memory,
     plan,
@@ -34,7 +33,6 @@ from mass.batch import Sequence, pack
 from mass.checkpoint import Run
 from mass.distributed import World
 from mass.engine import Outer
-from mass.episode import Setting
 from mass.errors import MassError
 from mass.forward import check_model
 from mass.heldout import evaluate
@@ -46,6 +44,8 @@ from mass.problems import Cursor, Task, draw_pool, load_tasks, split_tasks
 from mass.prompts import Prompts, make_prompts
 from mass.recipe import Recipe, command_line, dump
 from mass.rewards import Verifier, require
+from mass.setting import Setting, rate_name
+from mass.setting import kit as test_time_kit
 from mass.shards import Shards
 from mass.watchdog import Watchdog, watching
 
@@ -129,7 +129,7 @@ def _train(recipe: Recipe, world: World, watch: Watchdog) -> None:
                 f"answering {min(len(heldout), recipe.evaluate.problems)} held-out problems, without and with update"
             )
             metrics |= evaluate(
-                episode.kit(setting, policy, eta, log_lr),
+                test_time_kit(setting, policy, eta, log_lr),
                 heldout[: recipe.evaluate.problems],
                 {task.source for task in train_tasks},
                 setting.verifier,
@@ -352,7 +352,7 @@ def _outer(recipe: Recipe, setting: Setting, world: World) -> Outer:
     """The DeepSpeed engine over a fresh policy adapter, the scorer head and the learned inner rates."""
     generator = torch.Generator().manual_seed(recipe.run.seed)
     policy = lora.fresh(setting.lm.lora, recipe.lora.rank, generator)
-    names = {episode.rate_name(setting, key) for key in policy} if recipe.inner.learned_lr != "no" else set()
+    names = {rate_name(setting, key) for key in policy} if recipe.inner.learned_lr != "no" else set()
     groups: dict[str, dict[str, Tensor]] = {
         "policy": policy,
         "scorer": {key: p.detach() for key, p in setting.head.named_parameters()},

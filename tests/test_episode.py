@@ -16,8 +16,8 @@ from ranks import ROOT
 from tiny import tiny_lm
 from torch import Tensor
 
-from mass import blocks, episode, lora, outer, practice
-from mass.episode import Result, Setting
+from mass import blocks, episode, lora, metrics, outer, practice
+from mass.episode import Result
 from mass.generate import Rollout
 from mass.lora import using
 from mass.model import LanguageModel
@@ -28,6 +28,7 @@ from mass.prompts import Example, make_prompts
 from mass.recipe import Recipe, load
 from mass.rewards import Verdict
 from mass.scorer import Scorer
+from mass.setting import Setting
 from mass.worlds import Truth
 
 T, N = 2, 4
@@ -563,7 +564,7 @@ def test_metrics_that_need_the_truth_are_there_where_it_is_known(monkeypatch: py
         )
         return None if number < 0 else Truth(number < 2, number != 1, None)
 
-    monkeypatch.setattr(episode, "truth", truth)
+    monkeypatch.setattr(metrics, "truth", truth)
     world = make_world(monkeypatch, *SGD)
     result = world.run()
     valid = [n for n, e in enumerate(world.practice.examples[1]) if e.valid]

@@ -11,11 +11,11 @@ from tiny import tiny_lm
 from transformers import GenerationConfig
 
 from mass import lora
-from mass.episode import answer_sampling, example_sampling
 from mass.generate import Rollout, generate
 from mass.practice import answer
 from mass.prompts import make_prompts
 from mass.recipe import load
+from mass.setting import answer_sampling, example_sampling
 
 INDEX = [i % 3 for i in range(20)]
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from chain import save_chain, save_problems
 
-from mass import episode, lora, probe, train
+from mass import episode, lora, metrics, probe, train
 from mass.distributed import World
-from mass.episode import Setting
 from mass.practice import pack_examples
 from mass.problems import Cursor, Task
 from mass.recipe import load
+from mass.setting import Setting
 
 ROOT = Path(__file__).parent.parent
 HERE = World(0, 1, torch.device("cpu"))
@@ -65,14 +65,14 @@ def test_a_credit_that_does_not_know_right_from_wrong_shows(
     families: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The truth shuffled: neither the credit nor the features can tell."""
-    whole = episode.known_truth
+    whole = metrics.known_truth
     generator = torch.Generator().manual_seed(0)
 
     def shuffled(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
         good_TN, known_TN = whole(*arguments)
         return torch.rand(good_TN.shape, generator=generator) < 0.5, known_TN
 
-    monkeypatch.setattr(episode, "known_truth", shuffled)
+    monkeypatch.setattr(metrics, "known_truth", shuffled)
     monkeypatch.setattr(probe, "RATES", ())
     monkeypatch.setattr(probe, "_leave_one_out", lambda *_: (0.0, 0.0))
     report = probe.probe(*families)

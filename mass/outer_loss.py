@@ -1,0 +1,119 @@
+"""The outer loss of T tasks, each at its own adapter: of the reference solutions (gold), or of verified answers."""
+
+import math
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mass import outer
+from mass.batch import Sequence, pack
+from mass.blocks import attends_fully
+from mass.forward import loss_and_grad, token_logprobs
+from mass.lora import Adapter
+from mass.practice import answer, seed_of, solve_sequence
+from mass.problems import Task
+from mass.setting import Setting, answer_sampling
+
+
+@dataclass(frozen=True)
+class OuterLoss:
+    """An outer loss at one adapter: per task [T], its gradient [T, ...] (empty if not asked for), solve rate [T]."""
+
+    loss_T: Tensor
+    grad: Adapter
+    solved_T: Tensor
+    failures: int
+    tokens: int
+
+
+def outer_loss(
+    setting: Setting,
+    tasks: Seq[Task],
+    shots: Seq[Seq[tuple[str, str]]],
+    adapter: Adapter,
+    step: int,
+    when: str,
+    need_grad: bool = True,
+) -> OuterLoss:
+    """The recipe's outer loss of T tasks, each at its own adapter. `step` and `when` seed sampled answers."""
+    if setting.recipe.outer.loss == "gold":
+        return _gold(setting, tasks, shots, adapter, need_grad)
+    return _verified(setting, tasks, shots, adapter, step, when, need_grad)
+
+
+def _gold(
+    setting: Setting,
+    tasks: Seq[Task],
+    shots: Seq[Seq[tuple[str, str]]],
+    adapter: Adapter,
+    need_grad: bool = True,
+) -> OuterLoss:
+    lm, prompts = setting.lm, setting.prompts
+    rows = [
+        [solve_sequence(prompts, t.problem.text, t.solution, s)] for t, s in zip(tasks, shots, strict=True)
+    ]
+    packed = pack(rows, lm.tokenizer.pad_token_id, lm.device)
+    parts = setting.parts if setting.checkpoint else None
+    grad: Adapter = {}
+    if need_grad:
+        _, logprob_M, grad = loss_and_grad(
+            lm.hf, lm.lora, packed, adapter, lambda x: outer.gold_loss(packed, x).sum(), parts=parts
+        )
+    else:
+        with torch.no_grad():
+            logprob_M = token_logprobs(lm.hf, lm.lora, packed, adapter)
+    unknown_T = torch.full((len(tasks),), math.nan)
+    return OuterLoss(outer.gold_loss(packed, logprob_M), grad, unknown_T, 0, packed.size)
+
+
+def _verified(
+    setting: Setting,
+    tasks: Seq[Task],
+    shots: Seq[Seq[tuple[str, str]]],
+    adapter: Adapter,
+    step: int,
+    when: str,
+    need_grad: bool = True,
+) -> OuterLoss:
+    recipe, lm, prompts = setting.recipe, setting.lm, setting.prompts
+    G = recipe.outer.rollouts
+    drawn = answer(
+        lm,
+        prompts,
+        [t.problem.text for t in tasks],
+        shots=shots,
+        adapter=adapter,
+        sampling=answer_sampling(recipe, temperature=1.0),
+        seeds=[[seed_of(recipe.run.seed, step, t.problem.id, when, j) for j in range(G)] for t in tasks],
+    )
+    lm.settle()
+    pairs = [(r.text, t) for own, t in zip(drawn, tasks, strict=True) for r in own]
+    verdicts = setting.verifier.verify_all(pairs)
+    reward_TG = torch.tensor([v.score for v in verdicts], device=lm.device).view(len(tasks), G)
+    advantage_TG = outer.group_advantage(reward_TG, recipe.outer.min_spread)
+    rows = [
+        [
+            Sequence([*prompts.solve(t.problem.text, s), *r.tokens], len(prompts.solve(t.problem.text, s)))
+            for r in own
+        ]
+        for t, s, own in zip(tasks, shots, drawn, strict=True)
+    ]
+    packed = pack(rows, lm.tokenizer.pad_token_id, lm.device, share=attends_fully(lm.hf))
+    grad: Adapter = {}
+    if need_grad:
+        parts = setting.parts if setting.checkpoint else None
+        loss, logprob_M, grad = loss_and_grad(
+            lm.hf,
+            lm.lora,
+            packed,
+            adapter,
+            lambda x: outer.verifier_loss(packed, x, advantage_TG).sum(),
+            parts=parts,
+        )
+    # What is reported as the loss is 1 - mean reward: the surrogate's own value is zero in expectation.
+    known = torch.isfinite(reward_TG)
+    solved_T = (reward_TG.nan_to_num() * known).sum(1) / known.sum(1).clamp(min=1)
+    failures = sum(v.status in ("failed", "timeout") for v in verdicts)
+    return OuterLoss(1 - solved_T, grad, solved_T, failures, sum(len(r.tokens) for own in drawn for r in own))
