@@ -23,11 +23,12 @@ from mass.lora import LoraLinear, LoraShape, attach, detach, load_peft, read_pef
 from mass.methods import Method, find
 from mass.model import LanguageModel, check_tokenizer, language_model, load
 from mass.optimizers import Rule
-from mass.problems import Problem, Task, draw_pool, load_tasks
+from mass.problems import Problem, Task, load_tasks
 from mass.prompts import make_prompts
 from mass.recipe import Recipe
 from mass.scorer import Scorer
 from mass.setting import answer_sampling, example_sampling
+from mass.splits import draw_pool
 
 # what a saved adapter and scorer were made with
 FIXED = ("lora.", "scorer.layers", "scorer.hidden", "scorer.pool")

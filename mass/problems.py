@@ -1,4 +1,4 @@
-"""Problems: where they come from, how they are split, and in which order training meets them. No torch here.
+"""Problems and where they come from. No torch here.
 
 Sources are a `.jsonl` file, a Hugging Face dataset (hub id `owner/name` or `owner/name:config`, or a local folder),
 a reasoning-gym family (`gym:NAME`) and a planted world (`world:NAME`). Training data are read strictly: an item that cannot be used is an error that
@@ -16,9 +16,9 @@ import re
 import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from mass import demonstrations as shown
 from mass import grids, rewards, worlds
@@ -68,14 +68,6 @@ class BadLine:
     line: int
     reason: str
     text: str
-
-
-class Split(NamedTuple):
-    """`removed` counts the training problems left out: repeated, or held out as well."""
-
-    train: list[Task]
-    heldout: list[Task]
-    removed: int
 
 
 # Reading
@@ -145,7 +137,7 @@ def load_tasks(
                 f"problems.weights asks for {share} problems of {name}, which has {len(found)}. "
                 f"Lower problems.size (now {size}) or its weight."
             )
-        tasks += found if share is None else _shuffled(found, f"{seed}:mixture")[:share]
+        tasks += found if share is None else shuffled(found, f"{seed}:mixture")[:share]
     if not tasks:
         raise MassError(f"problems.size={size} leaves no problem of {', '.join(sources)}. Raise it.")
     return _unique(tasks)
@@ -181,7 +173,7 @@ def load_problems(
         except ValueError as error:
             found.append(BadLine(line, str(error), lines[line - 1].decode("utf-8", "replace").strip()[:200]))
         else:
-            found.append(replace(problem, id=_free_id(problem.id, taken)))
+            found.append(replace(problem, id=free_id(problem.id, taken)))
     return found
 
 
@@ -200,7 +192,7 @@ def as_problems(given: str | Problem | Mapping[str, Any] | Iterable[Any]) -> lis
         except ValueError as error:
             found.append(BadLine(number, str(error), str(item)[:200]))
         else:
-            found.append(replace(problem, id=_free_id(problem.id, taken)))
+            found.append(replace(problem, id=free_id(problem.id, taken)))
     return found
 
 
@@ -463,7 +455,7 @@ def _shares(size: int, weights: Sequence[float]) -> list[int]:
     return whole
 
 
-# Splits and order
+# Equal problems, and order
 
 
 def content_key(text: str) -> str:
@@ -472,50 +464,8 @@ def content_key(text: str) -> str:
     return hashlib.sha256(normal.encode()).hexdigest()[:16]
 
 
-def split_tasks(train: Sequence[Task], heldout: Sequence[Task] | None, heldout_size: int, seed: int) -> Split:
-    """Training and held-out tasks that share no problem text; repeated training problems count once.
-
-    Without a held-out source `heldout_size` training problems are held out, but at most a quarter, chosen by a seeded
-    hash of their text. With one, it stays whole and what it shares with the training problems leaves those; except
-    that of a gym family, which may be small, the shared problems are held out only up to a quarter of its training
-    problems and stay with training beyond that.
-    """
-    distinct = list({content_key(task.problem.text): task for task in reversed(train)}.values())[::-1]
-    if heldout is None:
-        count = min(heldout_size, max(len(distinct) // 4, 1))
-        if count and len(distinct) < 2:
-            raise MassError(
-                "One training problem cannot be split. Set problems.heldout, or problems.heldout_size=0 for none."
-            )
-        kept = _shuffled(distinct, f"{seed}:heldout")[:count]
-    else:
-        kept = list(heldout)
-        trained = {content_key(task.problem.text) for task in distinct}
-        for family in sorted({task.source for task in heldout if task.entry is not None}):
-            ours = [task for task in _shuffled(kept, f"{seed}:heldout") if task.source == family]
-            shared = [task for task in ours if content_key(task.problem.text) in trained]
-            room = sum(task.source == family for task in distinct) // 4 - (len(ours) - len(shared))
-            dropped = {task.problem.id for task in shared[max(room, 0) :]}
-            kept = [task for task in kept if task.problem.id not in dropped]
-    held = {content_key(task.problem.text) for task in kept}
-    left = [task for task in distinct if content_key(task.problem.text) not in held]
-    if not left:
-        raise MassError("Every training problem is also held out. Set problems.heldout to another source.")
-    taken = {task.problem.id for task in left}
-    kept = [
-        replace(task, problem=replace(task.problem, id=_free_id(task.problem.id, taken))) for task in kept
-    ]
-    return Split(left, kept, len(train) - len(left) - (len(kept) if heldout is None else 0))
-
-
-def draw_pool(tasks: Sequence[Task], size: int, seed: int) -> tuple[list[Task], list[Task]]:
-    """(`size` tasks set aside as few-shot shots, the others in their order); at most half of them are set aside."""
-    pool = _shuffled(tasks, f"{seed}:pool")[: min(size, len(tasks) // 2)]
-    drawn = {task.problem.id for task in pool}
-    return pool, [task for task in tasks if task.problem.id not in drawn]
-
-
-def _shuffled(tasks: Iterable[Task], salt: str) -> list[Task]:
+def shuffled(tasks: Iterable[Task], salt: str) -> list[Task]:
+    """In the order of a salted hash of their ids."""
     # Sorted by hash instead of random.shuffle: the order follows from seed and ids alone, not from the file's order,
     # the Python version or how many tasks there are.
     return sorted(tasks, key=lambda task: hashlib.sha256(f"{salt}:{task.problem.id}".encode()).digest())
@@ -525,68 +475,15 @@ def _unique(tasks: Sequence[Task]) -> list[Task]:
     """The same tasks with ids that differ: the second `7` becomes `7#2`."""
     taken: set[str] = set()
     return [
-        replace(task, problem=replace(task.problem, id=_free_id(task.problem.id, taken))) for task in tasks
+        replace(task, problem=replace(task.problem, id=free_id(task.problem.id, taken))) for task in tasks
     ]
 
 
-def _free_id(wanted: str, taken: set[str]) -> str:
+def free_id(wanted: str, taken: set[str]) -> str:
+    """The id, or with #2, #3, ... the first that is not taken; it is then."""
     found, n = wanted, 1
     while found in taken:
         n += 1
         found = f"{wanted}#{n}"
     taken.add(found)
     return found
-
-
-@dataclass
-class Cursor:
-    """Where training stands in its tasks: `position` counts the tasks that all ranks together have taken.
-
-    The order is a new seeded permutation each epoch. A global batch is a consecutive slice of it, of which rank r takes
-    the r-th part, so W ranks with n tasks each see what one rank with W * n sees. A batch may reach over the end of
-    an epoch into the next.
-    """
-
-    tasks: Sequence[Task]
-    seed: int
-    position: int = 0
-    _epoch: int = field(default=-1, init=False, repr=False)
-    _order: list[Task] = field(default_factory=list, init=False, repr=False)
-
-    def next(self, n: int, rank: int = 0, world: int = 1) -> list[Task]:
-        """The next `n` tasks of this rank; every rank must call it with the same `n`."""
-        start = self.position + rank * n
-        self.position += world * n
-        return [self._at(i) for i in range(start, start + n)]
-
-    def _at(self, position: int) -> Task:
-        epoch, place = divmod(position, len(self.tasks))
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, _shuffled(self.tasks, f"{self.seed}:epoch:{epoch}")
-        return self._order[place]
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps: plain JSON."""
-        return {
-            "position": self.position,
-            "seed": self.seed,
-            "tasks": len(self.tasks),
-            "digest": self._digest(),
-        }
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any], tasks: Sequence[Task]) -> Cursor:
-        """Raises MassError when `tasks` are not those of the run that was saved (ids, texts and answers)."""
-        cursor = cls(tasks, state["seed"], state["position"])
-        if cursor._digest() != state["digest"]:
-            raise MassError(
-                f"The training problems changed since the checkpoint: {state['tasks']} then, {len(tasks)} now, or other "
-                "texts or answers. Restore problems.*, or start another run (run.name)."
-            )
-        return cursor
-
-    def _digest(self) -> str:
-        digest = hashlib.sha256()
-        for parts in sorted((task.problem.id, task.problem.text, task.answer) for task in self.tasks):
-            digest.update(json.dumps(parts).encode())
-        return digest.hexdigest()[:16]

@@ -12,9 +12,10 @@ from mass.distributed import World
 from mass.engine import Outer
 from mass.errors import MassError
 from mass.log import write_atomic
-from mass.problems import Cursor, Task
+from mass.problems import Task
 from mass.recipe import Recipe
 from mass.setting import Setting
+from mass.splits import Cursor
 
 
 def save(

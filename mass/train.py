@@ -40,13 +40,14 @@ from mass.log import RunLog
 from mass.model import LanguageModel, load
 from mass.optimizers import Rule
 from mass.probe import probe
-from mass.problems import Cursor, Task, draw_pool, load_tasks, split_tasks
+from mass.problems import Task, load_tasks
 from mass.prompts import Prompts, make_prompts
 from mass.recipe import Recipe, command_line, dump
 from mass.rewards import Verifier, require
 from mass.setting import Setting, rate_name
 from mass.setting import kit as test_time_kit
 from mass.shards import Shards
+from mass.splits import Cursor, draw_pool, split_tasks
 from mass.watchdog import Watchdog, watching
 
 # these are left out where no rank has a value: most problems have no truth to hold an example against

@@ -12,9 +12,10 @@ from chain import save_chain, save_problems
 from mass import episode, lora, metrics, probe, train
 from mass.distributed import World
 from mass.practice import pack_examples
-from mass.problems import Cursor, Task
+from mass.problems import Task
 from mass.recipe import load
 from mass.setting import Setting
+from mass.splits import Cursor
 
 ROOT = Path(__file__).parent.parent
 HERE = World(0, 1, torch.device("cpu"))

@@ -8,17 +8,8 @@ import pytest
 
 from mass import problems, rewards
 from mass.errors import MassError
-from mass.problems import (
-    BadLine,
-    Cursor,
-    Problem,
-    Task,
-    draw_pool,
-    load_problems,
-    load_tasks,
-    split_tasks,
-    text_problem,
-)
+from mass.problems import BadLine, Problem, Task, load_problems, load_tasks, text_problem
+from mass.splits import Cursor, draw_pool, split_tasks
 
 
 def write(path, rows):

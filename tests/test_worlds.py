@@ -9,8 +9,9 @@ import pytest
 
 from mass import worlds
 from mass.errors import MassError
-from mass.problems import Problem, Task, load_tasks, split_tasks, truth
+from mass.problems import Problem, Task, load_tasks, truth
 from mass.prompts import parse_example
+from mass.splits import split_tasks
 from mass.worlds import METHODS, Families, Planted
 
 
