@@ -8,6 +8,7 @@ import argparse
 import fnmatch
 import json
 import os
+import signal
 import platform
 import statistics
 import subprocess
@@ -89,16 +90,23 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(command: str, module: ModuleType, cases: list[Row], rounds: int, threads: int) -> list[Row]:
     """Measure every case once with `check` (what does not vary; unless CHECK is off), then `rounds` times, interleaved.
 
-    A number is the median of its rounds; a case that failed has `error` and is not tried again.
+    A number is the median of its rounds; a case that failed has `error` and is not tried again. Ctrl-C or SIGTERM ends the
+    measuring: what was measured until then is kept.
     """
     samples: dict[str, list[Row]] = {module.name(case): [] for case in cases}
     todo = [
         (case, i) for i in range(0 if getattr(module, "CHECK", True) else 1, rounds + 1) for case in cases
     ]
-    for case, i in track(todo, "measuring", console=Console(stderr=True)):
-        seen = samples[module.name(case)]
-        if not any("error" in sample for sample in seen):
-            seen.append(isolated(command, {**case, "threads": threads, "check": i == 0}))
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        for case, i in track(todo, "measuring", console=Console(stderr=True)):
+            seen = samples[module.name(case)]
+            if not any("error" in sample for sample in seen):
+                seen.append(isolated(command, {**case, "threads": threads, "check": i == 0}))
+    except KeyboardInterrupt:
+        print("meta_bench: stopped; what was measured until now follows", file=sys.stderr)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return [
         {**case, "threads": threads, "rounds": rounds, **_median(samples[module.name(case)])}
         for case in cases

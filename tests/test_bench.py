@@ -123,6 +123,23 @@ def test_median_ratio_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert files["plot"].read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_was_measured_before_ctrl_c_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = [case(engine=engine) for engine in ("first_order", "reverse")]
+    calls: list[bool] = []
+
+    def isolated(command: str, row: dict[str, Any]) -> dict[str, Any]:
+        calls.append(row["check"])
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return {"peak_gb": 1.0} if row["check"] else {"seconds": 2.0}
+
+    monkeypatch.setattr(meta_bench, "isolated", isolated)
+    first, second = meta_bench.run("gradients", gradients, cases, 1, 1)
+    assert (first["peak_gb"], first["seconds"], second["peak_gb"]) == (1.0, 2.0, 1.0)
+    assert "seconds" not in second and len(gradients.finish([first, second])) == 2
+    assert meta_bench.table(gradients, [first, second]).row_count == 2
+
+
 def test_a_case_that_dies_says_why() -> None:
     row = meta_bench.isolated("gradients", case(engine="no_such_engine", check=False))
     assert "no_such_engine" in row["error"]
