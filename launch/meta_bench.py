@@ -8,8 +8,8 @@ import argparse
 import fnmatch
 import json
 import os
-import signal
 import platform
+import signal
 import statistics
 import subprocess
 import sys
