@@ -21,6 +21,8 @@ from mass.kvcache import RowTable
 _packed: "weakref.WeakKeyDictionary[nn.Linear, tuple[tuple[int, int], Tensor]]" = weakref.WeakKeyDictionary()
 # Tokens of one adapter from which oneDNN's bf16 products are faster than MKL's fp32 ones.
 ROWS_FOR_BASE_TYPE = 8
+# Adapters of one token each from which their B come from memory, not from a cache: half the bytes are then less time.
+ADAPTERS_FOR_BASE_TYPE = 64
 
 
 @contextlib.contextmanager
@@ -97,8 +99,8 @@ class RowAdapters:
             weight = self.layers[self.names[0]].weight
             many = len(index) * tokens >= ROWS_FOR_BASE_TYPE * len(used) or weight.device.type != "cpu"
             self.dtype_a = self.dtype_b = weight.dtype if many else torch.float32
-            if len(index) * tokens == len(used):
-                # one token each: B is read once and no more, and the sum over it takes half the bytes as it comes
+            if len(index) * tokens == len(used) >= ADAPTERS_FOR_BASE_TYPE:
+                # B is read once and no more, and the sum over it takes half the bytes as it comes
                 self.dtype_b = weight.dtype
             self.used = used
             self._pair_up(self.groups or [[name] for name in self.names])

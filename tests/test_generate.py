@@ -220,6 +220,24 @@ def test_layers_called_with_one_tensor_share_the_product_by_a(llama: Any) -> Non
         assert first - products() == 2 * 3
 
 
+@pytest.mark.parametrize("count", [1, 5, 70])
+def test_bf16_layers_with_an_adapter_a_row(count: int) -> None:
+    lm = build(dtype=torch.bfloat16)
+    adapters = some_adapters(lm, count)
+    layer = next(iter(lm.lora.values()))
+    x = torch.randn(count, 1, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    rows = RowAdapters(lm.lora, adapters)
+    rows.set_rows(range(count))
+    with torch.no_grad():
+        with rows.applied():
+            got = layer(x).float()
+        base = layer(x).float()
+        with lora.using(lm.lora, adapters):
+            want = layer(x).float()
+    assert (want - base).abs().mean() > 0.3
+    torch.testing.assert_close(got, want, atol=0.1, rtol=0.02)
+
+
 def test_a_layer_that_the_first_forward_left_out_follows_the_rows_too(llama: Any) -> None:
     adapters = some_adapters(llama, 4)
     rows = RowAdapters(llama.lora, adapters)
