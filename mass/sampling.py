@@ -65,7 +65,8 @@ def row_uniforms(seeds: Sequence[int], tokens: int, cuts: Cuts) -> Tensor:
 def pick(logits_BV: Tensor, uniform_BU: Tensor, cuts: Cuts) -> tuple[Tensor, Tensor]:
     """One token a row: (tokens int64 [B], log-probs fp32 [B] at temperature 1 without any cut).
 
-    `uniform_BU` holds `cuts.uniforms` numbers a row. A row's token depends on its logits and numbers alone.
+    `uniform_BU` holds `cuts.uniforms` numbers a row. A row's token depends on its logits and numbers alone. Where the
+    logits are no numbers (a model that has broken down) the token is 0 and its log-prob NaN.
     """
     rows = max(LOGITS_AT_ONCE // logits_BV.shape[1], 1) if logits_BV.device.type == "cpu" else len(logits_BV)
     parts = zip(logits_BV.split(rows), uniform_BU.split(rows), strict=True)
@@ -80,6 +81,12 @@ def _pick(logits_BV: Tensor, uniform_BU: Tensor, cuts: Cuts) -> tuple[Tensor, Te
     score_BV = logits_BV.float()
     best_BC = score_BV.unflatten(1, (-1, BLOCK)).amax(-1)
     peak_B1 = best_BC.amax(-1, keepdim=True)
+    broken_B1 = ~peak_B1.isfinite()
+    if broken_B1.any():
+        first_V = torch.full_like(score_BV[0], -torch.inf)
+        first_V[0] = 0
+        score_BV, peak_B1 = torch.where(broken_B1, first_V, score_BV), peak_B1.masked_fill(broken_B1, 0)
+        best_BC = score_BV.unflatten(1, (-1, BLOCK)).amax(-1)
     score_BV = score_BV - peak_B1
     weight_BV = score_BV.exp()
     total_BC = _block_sums(weight_BV)
@@ -93,7 +100,7 @@ def _pick(logits_BV: Tensor, uniform_BU: Tensor, cuts: Cuts) -> tuple[Tensor, Te
         token_B1 = _draw(weight_BV, total_BC, uniform_BU)
     else:
         token_B1 = _draw_cut(score_BV, weight_BV, uniform_BU, cuts)
-    logprob_B1 = score_BV.gather(1, token_B1) - log_total_B1
+    logprob_B1 = (score_BV.gather(1, token_B1) - log_total_B1).masked_fill(broken_B1, torch.nan)
     return token_B1.squeeze(1), logprob_B1.squeeze(1).float()
 
 

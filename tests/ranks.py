@@ -71,11 +71,18 @@ class Ranks:
         self.process.wait(30)
         self.process.stdout.close()
 
-    def __call__(self, target: str, *arguments: Any, world: int = 1, limit: float = 110) -> Done:
-        """Call `target` ("module:function") on every rank. What has not ended after `limit` seconds is killed."""
+    def __call__(
+        self, target: str, *arguments: Any, world: int = 1, limit: float = 110, grace: float = 110
+    ) -> Done:
+        """Call `target` ("module:function") on every rank. What has not ended after `limit` seconds is killed, and so is what
+        has not `grace` seconds after a rank has failed, as under a launcher."""
         assert self.process.stdin is not None and self.process.stdout is not None
         with tempfile.TemporaryDirectory() as folder:
-            print(json.dumps([target, arguments, world, limit, folder]), file=self.process.stdin, flush=True)
+            print(
+                json.dumps([target, arguments, world, limit, grace, folder]),
+                file=self.process.stdin,
+                flush=True,
+            )
             line = self.process.stdout.readline()
             assert line, "the helper process died"
             out, err = (
@@ -91,7 +98,7 @@ def _serve() -> None:
     import mass.train  # noqa: F401
 
     for line in sys.stdin:
-        target, arguments, world, limit, folder = json.loads(line)
+        target, arguments, world, limit, grace, folder = json.loads(line)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -104,7 +111,7 @@ def _serve() -> None:
                 getattr(importlib.import_module(module), name)(*arguments)
                 return
             pids.append(pid)
-        print(json.dumps(_wait(pids, limit)), flush=True)
+        print(json.dumps(_wait(pids, limit, grace)), flush=True)
 
 
 def _become(rank: int, world: int, port: int, folder: Path) -> None:
@@ -122,7 +129,7 @@ def _become(rank: int, world: int, port: int, folder: Path) -> None:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
-def _wait(pids: list[int], limit: float) -> list[int]:
+def _wait(pids: list[int], limit: float, grace: float) -> list[int]:
     """Exit codes. A forked child is waited for by a descriptor, so that the limit needs no alarm."""
     end = time.monotonic() + limit
     handles = {os.pidfd_open(pid): pid for pid in pids}
@@ -137,6 +144,8 @@ def _wait(pids: list[int], limit: float) -> list[int]:
             pid = handles.pop(handle)
             os.close(handle)
             codes[pid] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            if codes[pid]:
+                end = min(end, time.monotonic() + grace)
     return [codes[pid] for pid in pids]
 
 

@@ -1,6 +1,7 @@
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -326,6 +327,16 @@ def test_a_worker_killed_between_two_answers_costs_none(fake_gym):
         judged(verifier, "fine")
         verifier._process.kill()
         verifier._process.wait()
+        assert judged(verifier, "fine") == Verdict(1.0, "right")
+
+
+def test_a_stopped_worker_is_a_timeout_and_the_next_answer_is_judged(fake_gym):
+    with Verifier(time_limit=0.3) as verifier:
+        judged(verifier, "fine")
+        os.kill(verifier._process.pid, signal.SIGSTOP)
+        verdict = judged(verifier, "fine")
+        assert verdict.status == "timeout" and math.isnan(verdict.score)
+        assert verdict.reason == "the verifier's worker does not answer"
         assert judged(verifier, "fine") == Verdict(1.0, "right")
 
 

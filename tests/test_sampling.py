@@ -116,6 +116,18 @@ def test_a_row_s_token_does_not_depend_on_its_neighbours(cuts: Cuts) -> None:
     assert together.tolist() == alone
 
 
+@pytest.mark.parametrize("cuts", CUTS, ids=str)
+def test_a_row_of_nan_draws_token_0_with_log_prob_nan_and_its_neighbours_as_ever(cuts: Cuts) -> None:
+    logits = torch.randn(5, 257, generator=torch.Generator().manual_seed(3))
+    uniform = row_uniforms(range(5), 1, cuts)[:, 0]
+    tokens, logprobs = pick(logits, uniform, cuts)
+    broken = logits.clone()
+    broken[1], broken[3, 7] = torch.nan, torch.inf
+    got, said = pick(broken, uniform, cuts)
+    assert got.tolist() == [tokens[0], 0, tokens[2], 0, tokens[4]]
+    assert torch.equal(said[[0, 2, 4]], logprobs[[0, 2, 4]]) and said[[1, 3]].isnan().all()
+
+
 def test_uniforms_belong_to_the_seed_and_begin_alike() -> None:
     cuts = Cuts(top_p=0.9)
     long, short = row_uniforms([5, 6], 10, cuts), row_uniforms([6], 4, cuts)

@@ -217,6 +217,48 @@ def test_deepspeed_stops_at_a_signal_with_a_save_and_auto_goes_on_to_the_end(
     assert json.loads((step_of(tmp_path / "run", stopped) / "meta.json").read_text())["world_size"] == 2
 
 
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_two_launchers_are_two_nodes_of_one_run(tmp_path: Path) -> None:
+    """torchrun on each node with its number, here both on this machine. Each rank is number 0 of its node."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = [
+        "--nnodes",
+        "2",
+        "--nproc_per_node",
+        "1",
+        "--master_addr",
+        "127.0.0.1",
+        "--master_port",
+        str(port),
+    ]
+    work = [
+        "launch/meta_train.py",
+        "recipes/smoke.yaml",
+        f"run.folder={tmp_path}",
+        "outer.steps=2",
+        "zero.stage=3",
+    ]
+    nodes = [
+        subprocess.Popen(
+            command("torchrun", *common, "--node_rank", str(node), *work), cwd=ROOT, env=environment(),
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for node in (0, 1)
+    ]  # fmt: skip
+    try:
+        said = [node.communicate(timeout=110)[0] for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert [node.returncode for node in nodes] == [0, 0], said
+    is_run_folder(tmp_path / "smoke", [1])
+    assert "2 processes on cpu" in said[0] and "step 1/1" in said[0] and "step 1/1" not in said[1]
+    assert json.loads((step_of(tmp_path / "smoke", 1) / "meta.json").read_text())["world_size"] == 2
+
+
 # ---- runs compared
 
 
@@ -320,10 +362,21 @@ def test_the_scorer_s_parameters_move_by_their_gradient_and_not_by_rounding(
                 torch.testing.assert_close(a[key], b[key], rtol=0, atol=1e-6)
 
 
-def equal_runs(pairs: Pairs) -> None:
-    """Parameters, optimizer state (whose scale Adam's steps would hide) and what is logged, after five steps."""
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_four_ranks_with_one_task_are_one_rank_with_four(ranks: Ranks, recipe: Path, tmp_path: Path) -> None:
+    """At stages 0 and 3, where no rank has the whole base."""
+    own = [str(recipe), f"run.folder={tmp_path}", "outer.steps=3", "save.every=3", "generate.temperature=1.4"]
+    ranks("mass.train:main", [*own, "run.name=one", "outer.tasks=4"]).good()
+    four = [[*own, f"run.name=four{stage}", "outer.tasks=1", f"zero.stage={stage}"] for stage in (0, 3)]
+    ranks("test_train:many", four, world=4).good()
+    equal_runs([(tmp_path / "one", tmp_path / f"four{stage}") for stage in (0, 3)], steps=3)
+
+
+def equal_runs(pairs: Pairs, steps: int = STEPS) -> None:
+    """Parameters, optimizer state (whose scale Adam's steps would hide) and what is logged, after the last step."""
     for one, two in pairs:
-        a, b = tensors(step_of(one, STEPS)), tensors(step_of(two, STEPS))
+        a, b = tensors(step_of(one, steps)), tensors(step_of(two, steps))
         assert a.keys() == b.keys()
         for key in a:
             gap = (a[key].double() - b[key].double()).abs().max().item()
@@ -337,10 +390,10 @@ def equal_runs(pairs: Pairs) -> None:
                 if key.startswith(kind) and ("lora_B" in key or "4.w" in key)
             )
             assert moved > rate, "more than a step at this rate"
-        assert (step_of(one, STEPS) / "policy/adapter_config.json").read_text() == (
-            step_of(two, STEPS) / "policy/adapter_config.json"
+        assert (step_of(one, steps) / "policy/adapter_config.json").read_text() == (
+            step_of(two, steps) / "policy/adapter_config.json"
         ).read_text()
-        for x, y in zip(log_of(one)[:STEPS], log_of(two)[:STEPS], strict=True):
+        for x, y in zip(log_of(one)[:steps], log_of(two)[:steps], strict=True):
             assert x.keys() == y.keys() - {"time/gather"}
             for tag in MEANS:
                 assert mean_gap(x, y, tag) < 1e-4, (two.name, tag, x[tag], y[tag])
