@@ -216,8 +216,9 @@ def answer_all(chosen: Sequence[Arm], tasks: Sequence[Task], folder: Path, batch
     items = [task.problem for task in tasks]
     batches = group(items, batch)
     todo = []
+    all_keys = {arm.file: [_key(arm, task) for task in tasks] for arm in chosen}
     for arm in chosen:
-        keys = [_key(arm, task) for task in tasks]
+        keys = all_keys[arm.file]
         done = filerun.read_done(folder / arm.file, keys)
         # a batch of which a kill has left a part is done again whole: rounding depends on who shares it
         left = [some for some in batches if not done.issuperset(some)]
@@ -259,8 +260,11 @@ def answer_all(chosen: Sequence[Arm], tasks: Sequence[Task], folder: Path, batch
                                     for place, record in new
                                 ],
                             )
-                        filerun.put_in_order(path, keys)
                         _say(f"{arm.name}: done in {time.perf_counter() - begin:.1f} s")
+    for file, keys in all_keys.items():
+        # also where a kill came between the last answer and this: rows are paired by their place
+        if not filerun.put_in_order(folder / file, keys):
+            raise MassError(f"{folder / file} has lost lines meanwhile: go on with --resume")
 
 
 def _verified(arm: Arm, task: Task, record: Record, verifier: Verifier, weights: int) -> dict[str, Any]:

@@ -51,7 +51,8 @@ def _arm(name: str, rows: Iterable[Mapping[str, Any]]) -> tuple[dict[str, Any], 
     right: list[bool] = []
     sources: list[str] = []
     count: Counter[str] = Counter()
-    total = dict.fromkeys(("score", "generated", "trained", "flops", *SECONDS), 0.0)
+    total = dict.fromkeys(("generated", "trained", "flops", *SECONDS), 0.0)
+    scores = 0.0
     won = 0.0
     good: list[float] = []
     other: list[float] = []
@@ -61,7 +62,7 @@ def _arm(name: str, rows: Iterable[Mapping[str, Any]]) -> tuple[dict[str, Any], 
         count["errors"] += row["error"] is not None
         count["no_answer"] += row["error"] is None and row["answer"] is None
         count["unverified"] += row["score"] is None
-        total["score"] += row["score"] or 0.0
+        scores += row["score"] or 0.0
         total["flops"] += row["flops"]
         for part, value in (row["tokens"] | row["seconds"]).items():
             total[part] += value
@@ -95,7 +96,7 @@ def _arm(name: str, rows: Iterable[Mapping[str, Any]]) -> tuple[dict[str, Any], 
         "right": int(right_P.sum()),
         "accuracy": float(right_P.mean()),
         "interval": compare.interval(right_P),
-        "score": total["score"] / P,
+        "score": scores / P,
         **{key: count[key] for key in ("errors", "no_answer", "unverified", "examples", "valid", "copies")},
         "tokens": (total["generated"] + total["trained"]) / P,
         "generated": total["generated"] / P,
