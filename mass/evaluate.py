@@ -211,60 +211,66 @@ def held_out(wanted: Plan, chosen: Sequence[Arm], *, made: bool, limit: int | No
 # ---- the answers
 
 
+class Work(NamedTuple):
+    """What is left of an arm: its batches that are not all in the file, and the places that are."""
+
+    arm: Arm
+    path: Path
+    keys: list[str]
+    batches: list[list[int]]
+    done: set[int]
+
+
 def answer_all(chosen: Sequence[Arm], tasks: Sequence[Task], folder: Path, batch: int) -> None:
-    """Answer what the files of the arms do not hold yet. A model is loaded once for all arms in a row that use it."""
+    """Answer what the files of the arms do not hold yet. A model is loaded once for all arms that use it."""
     items = [task.problem for task in tasks]
     batches = group(items, batch)
-    todo = []
-    all_keys = {arm.file: [_key(arm, task) for task in tasks] for arm in chosen}
+    works = []
     for arm in chosen:
-        keys = all_keys[arm.file]
-        done = filerun.read_done(folder / arm.file, keys)
-        # a batch of which a kill has left a part is done again whole: rounding depends on who shares it
-        left = [some for some in batches if not done.issuperset(some)]
+        path, keys = folder / arm.file, [_key(arm, task) for task in tasks]
+        done = filerun.read_done(path, keys)
         if done:
             _say(f"{arm.name}: {len(done)} of {len(items)} problems have their answer")
-        if left:
-            todo.append((arm, keys, left, done))
-    todo.sort(key=lambda work: (_model(work[0]), _loaded(work[0])))
+        # a batch of which a kill has left a part is done again whole: rounding depends on who shares it
+        left = [some for some in batches if not done.issuperset(some)]
+        works.append(Work(arm, path, keys, left, done))
+    todo = [work for work in works if work.batches]
+    # arms of one model, and of one kit, together; otherwise in the order they were asked for
+    models, kits = [_model(work) for work in todo], [_loaded(work) for work in todo]
+    todo.sort(key=lambda work: (models.index(_model(work)), kits.index(_loaded(work))))
     with Verifier() as verifier:
-        for _, same_model in itertools.groupby(todo, key=lambda work: _model(work[0])):
-            own = list(same_model)
-            r = own[0][0].plan.recipe
-            m = r.model
-            hf, tokenizer = load(
-                m.path,
-                dtype=m.dtype,
-                device=m.device,
-                cache=m.cache,
-                attention=m.attention,
-                world=r.problems.world,
-            )
-            weights = sum(parameter.numel() for parameter in hf.parameters())
-            for _, same_kit in itertools.groupby(own, key=lambda work: _loaded(work[0])):
-                with lent(hf, tokenizer):
-                    some = list(same_kit)
-                    kit = build_kit(some[0][0].plan, (hf, tokenizer))
-                    for arm, keys, left, done in some:
-                        begin = time.perf_counter()
-                        path = folder / arm.file
-                        for found in run_batches(arm.kit(kit), items, left, arm.method, baselines=False):
-                            new = [(place, record) for place, record in found if place not in done]
-                            filerun.append(
-                                path,
-                                [
-                                    as_line(
-                                        as_row(place, keys[place], record)
-                                        | _verified(arm, tasks[place], record, verifier, weights)
-                                    )
-                                    for place, record in new
-                                ],
-                            )
-                        _say(f"{arm.name}: done in {time.perf_counter() - begin:.1f} s")
-    for file, keys in all_keys.items():
-        # also where a kill came between the last answer and this: rows are paired by their place
-        if not filerun.put_in_order(folder / file, keys):
-            raise MassError(f"{folder / file} has lost lines meanwhile: go on with --resume")
+        for _, same_model in itertools.groupby(todo, key=_model):
+            _with_model(list(same_model), tasks, verifier)
+    for work in works:
+        # also where a kill came between the last answer and this: arms are paired by the order of their rows
+        if not filerun.put_in_order(work.path, work.keys):
+            raise MassError(f"{work.path} has lost lines meanwhile: go on with --resume")
+
+
+def _with_model(works: Sequence[Work], tasks: Sequence[Task], verifier: Verifier) -> None:
+    """Arms of one base model."""
+    r = works[0].arm.plan.recipe
+    m = r.model
+    hf, tokenizer = load(
+        m.path, dtype=m.dtype, device=m.device, cache=m.cache, attention=m.attention, world=r.problems.world
+    )
+    weights = sum(parameter.numel() for parameter in hf.parameters())
+    items = [task.problem for task in tasks]
+    for _, same_kit in itertools.groupby(works, key=_loaded):
+        with lent(hf, tokenizer):
+            some = list(same_kit)
+            kit = build_kit(some[0].arm.plan, (hf, tokenizer))
+            for arm, path, keys, batches, done in some:
+                begin = time.perf_counter()
+                for found in run_batches(arm.kit(kit), items, batches, arm.method, baselines=False):
+                    rows = [
+                        as_row(place, keys[place], record)
+                        | _verified(arm, tasks[place], record, verifier, weights)
+                        for place, record in found
+                        if place not in done
+                    ]
+                    filerun.append(path, [as_line(row) for row in rows])
+                _say(f"{arm.name}: done in {time.perf_counter() - begin:.1f} s")
 
 
 def _verified(arm: Arm, task: Task, record: Record, verifier: Verifier, weights: int) -> dict[str, Any]:
@@ -294,14 +300,14 @@ def _key(arm: Arm, task: Task) -> str:
     return key_of(task.problem, hashlib.sha256(text.encode()).hexdigest()[:16])
 
 
-def _model(arm: Arm) -> str:
-    r = arm.plan.recipe
+def _model(work: Work) -> str:
+    r = work.arm.plan.recipe
     return json.dumps([dataclasses.asdict(r.model), r.problems.world], sort_keys=True)
 
 
-def _loaded(arm: Arm) -> str:
+def _loaded(work: Work) -> str:
     """Equal for arms whose plans load the same kit."""
-    plan = arm.plan
+    plan = work.arm.plan
     return json.dumps(
         [str(plan.step), str(plan.peft), plan.budget, plan.teacher, dataclasses.asdict(plan.recipe)],
         default=str,

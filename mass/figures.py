@@ -162,7 +162,7 @@ def _svg(figure: Any, salt: str) -> str:
     svg = re.sub(r'\sxmlns(:xlink)?="[^"]*"', "", svg)
     # matplotlib numbers these from 1 in each figure
     svg = re.sub(
-        r'id="((?:figure|axes|patch|line2d|text|xtick|ytick|legend|matplotlib|[A-Z])\w*)"',
+        r'id="((?:figure|axes|patch|line2d|text|xtick|ytick|legend|matplotlib|[A-Z])[\w.]*)"',
         rf'id="{salt}-\1"',
         svg,
     )

@@ -204,7 +204,10 @@ def test_arms_that_cannot_be_are_named(run: Path, tmp_path: Path) -> None:
         (",", "names no arm"),
         ("mass]", r"arm mass\]: an arm is METHOD"),
         ("mass[problems.size=3]", "all arms answer the same problems"),
-        ("mass[inner.stepz=3]", "arm .*inner.stepz.*inner.steps"),
+        (
+            "mass[inner.stepz=3]",
+            r"arm mass\[inner.stepz=3\]: (.|\n)*inner.stepz: unknown key. Did you mean inner.steps",
+        ),
         ("random", "random draws training problems, and there are none here"),
         ("base:mass", "arm base:mass: method mass weighs by a trained scorer"),
         (f"{tmp_path}/nowhere:mass", "there is no such folder"),
