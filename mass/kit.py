@@ -50,7 +50,11 @@ class Plan:
     @property
     def has_pool(self) -> bool:
         """Whether there are training problems for shots and for `random`."""
-        return self.step is not None or bool(_sources(self.recipe))
+        if self.step is None:
+            return bool(_sources(self.recipe))
+        shots = self.step.parent / "shots.jsonl"
+        # a missing one is for `build_kit` to complain of
+        return not shots.is_file() or shots.stat().st_size > 0
 
     @property
     def default_method(self) -> str:

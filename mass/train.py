@@ -40,14 +40,15 @@ from mass.log import RunLog
 from mass.model import LanguageModel, load
 from mass.optimizers import Rule
 from mass.probe import probe
-from mass.problems import Task, load_tasks
+from mass.problems import Task
 from mass.prompts import Prompts, make_prompts
 from mass.recipe import Recipe, command_line, dump
 from mass.rewards import Verifier, require
 from mass.setting import Setting, rate_name
 from mass.setting import kit as test_time_kit
 from mass.shards import Shards
-from mass.splits import Cursor, draw_pool, split_tasks
+from mass.sources import Tasks, load_all
+from mass.splits import Cursor
 from mass.watchdog import Watchdog, watching
 
 # these are left out where no rank has a value: most problems have no truth to hold an example against
@@ -237,25 +238,11 @@ def _open(recipe: Recipe, world: World) -> Run:
     return found[0]
 
 
-def _tasks(recipe: Recipe) -> tuple[list[Task], list[Task], list[Task]]:
-    """Training tasks, held-out tasks, and the few-shot pool; no problem text is in two of them."""
-    p, seed = recipe.problems, recipe.run.seed
-    common: dict[str, Any] = {
-        "gym": p.gym,
-        "world": p.world,
-        "columns": vars(p.columns),
-        "verifier": p.verifier,
-        "demonstrations": p.demonstrations,
-        "seed": seed,
-    }
-    found = load_tasks(p.train, split=p.split, size=p.size, weights=p.weights, **common)
-    held = None
-    if p.heldout is not None:
-        held = load_tasks(p.heldout, split=p.heldout_split, size=p.heldout_size, **common)
-    split = split_tasks(found, held, p.heldout_size, seed)
-    pool, rest = draw_pool(split.train, recipe.prompt.pool, seed)
-    require({task.verifier for task in rest + split.heldout})
-    return rest, split.heldout, pool
+def _tasks(recipe: Recipe) -> Tasks:
+    """Training tasks, held-out tasks, and the few-shot pool, whose verifiers are installed."""
+    found = load_all(recipe)
+    require({task.verifier for task in found.train + found.heldout})
+    return found
 
 
 def _setting(recipe: Recipe, world: World, pool: list[Task], saved: list[Any] | None) -> tuple[Setting, str]:

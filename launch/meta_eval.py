@@ -1,0 +1,8 @@
+"""Evaluation from a checkout: `python launch/meta_eval.py --run checkpoints/demo --methods none,vote,mass`."""
+
+import sys
+
+from mass.evaluate import main
+
+if __name__ == "__main__":
+    sys.exit(main())

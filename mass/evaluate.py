@@ -1,0 +1,333 @@
+"""mass-eval: every method (arm) on the same held-out problems, verified, with the statistics that a sceptic asks for.
+
+Each arm has a file of answers in the --out folder, that a killed call goes on with; when all are there, the table is
+printed and written as results.json, results.md and results.html. docs/evaluation.md says how each number is made.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+
+from mass import arms, compare, filerun, results, tally
+from mass.arms import Arm
+from mass.choices import self_made, teacher_made
+from mass.errors import MassError
+from mass.filerun import as_line, as_row, group, key_of, run_batches
+from mass.kit import Plan, build_kit, lent, plan
+from mass.log import no_space
+from mass.methods import METHODS, Record
+from mass.model import load
+from mass.problems import Task, content_key, truth
+from mass.recipe import load as load_recipe
+from mass.rewards import Verifier, require
+from mass.sources import load_all, load_named
+
+VERSIONS = ("torch", "transformers", "numpy", "scipy", "statsmodels", "reasoning-gym", "math-verify")
+
+
+class Problems(NamedTuple):
+    """The problems that all arms answer; how many were left out because a run has trained on them or shows them, and how
+    many because another one has the same content; and the sources that a run has trained on."""
+
+    tasks: list[Task]
+    left_out: int
+    repeated: int
+    trained: list[str]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The console script. Returns the exit code: 0, or 2 for what the user has to mend."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = _parser().parse_intermixed_args(words)
+    out = sys.stdout
+    try:
+        # libraries may print: standard output is for the table
+        with contextlib.redirect_stdout(sys.stderr):
+            found = _run(args, words)
+        results.show(found, Console(file=out, highlight=False, width=None if out.isatty() else 180))
+        return 0
+    except MassError as error:
+        print(f"mass-eval: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if not no_space(error):
+            raise
+        print("mass-eval: no space left for the answers: free some, and go on with --resume", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "mass-eval",
+        description="Answer the same held-out problems by several methods and compare them.",
+        epilog="An arm is METHOD, METHOD[KEY=VALUE,...] (a recipe key, or budget=TOKENS), base:METHOD (without what the run "
+        f"trained) or RUN:METHOD. The methods are {', '.join([*METHODS, arms.AUTO])}. KEY=VALUE changes the run's recipe for "
+        "all arms. docs/evaluation.md says more.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--run", metavar="FOLDER", help="a run, one of its steps, or a PEFT adapter")
+    parser.add_argument("--model", help="a bare model, or the base of the PEFT adapter")
+    parser.add_argument(
+        "--methods", metavar="ARM,ARM,...", help="what to compare; default: every method usable here"
+    )
+    parser.add_argument(
+        "--problems",
+        metavar="SOURCE",
+        action="append",
+        help="FILE.jsonl, a hub id, gym:NAME or world:NAME, once or more; default: the run's held-out problems",
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="the first N of them")
+    parser.add_argument("--out", metavar="FOLDER", help="answers and report; default: evaluation/ in the run")
+    parser.add_argument("--resume", action="store_true", help="go on with the --out of a call that stopped")
+    parser.add_argument("--batch", type=int, default=16, metavar="T", help="problems adapted together (16)")
+    parser.add_argument(
+        "--budget", type=int, metavar="TOKENS", help="what each problem may cost in every arm"
+    )
+    parser.add_argument("--teacher", metavar="MODEL", help="of tt-d: a model, or http://HOST:PORT/v1#MODEL")
+    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="a recipe key, for all arms")
+    return parser
+
+
+def _run(args: argparse.Namespace, words: Sequence[str]) -> dict[str, Any]:
+    """Everything that a user can get wrong is looked at before a model is loaded."""
+    compare.require()
+    for name in ("batch", "limit"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise MassError(f"--{name} {value}: it wants 1 or more")
+    overrides = list(args.settings)
+    if args.problems:
+        overrides.append(f"problems.heldout={json.dumps(args.problems)}")
+    wanted = dataclasses.replace(
+        plan(args.run, args.model, overrides), budget=args.budget, teacher=args.teacher
+    )
+    least = wanted.recipe.generate.answer_tokens
+    if args.budget is not None and args.budget < least:
+        raise MassError(f"--budget {args.budget} is less than generate.answer_tokens={least}: raise it")
+    if not wanted.step and not args.problems:
+        raise MassError("name the problems: --problems SOURCE (without a run there are none of its own)")
+    folder = _folder(args, wanted)
+    chosen = (
+        None if args.methods is None else arms.parse(args.methods, wanted, overrides, (args.run, args.model))
+    )
+    problems = held_out(wanted, chosen or [], made=bool(args.problems), limit=args.limit)
+    if chosen is None:
+        chosen, reasons = arms.every_usable(wanted, problems.tasks)
+        for reason in reasons:
+            _say(reason)
+    require({task.verifier for task in problems.tasks})
+    _say(f"{len(problems.tasks)} problems, {len(chosen)} arms: {', '.join(arm.name for arm in chosen)}")
+    if problems.left_out or problems.repeated:
+        _say(
+            f"left out: {problems.left_out} problems that a run has trained on or shows, {problems.repeated} repeated"
+        )
+    torch.set_num_threads(wanted.recipe.run.threads)
+    folder.mkdir(parents=True, exist_ok=True)
+    answer_all(chosen, problems.tasks, folder, args.batch)
+    rows = {arm.name: filerun.rows(folder / arm.file) for arm in chosen}
+    found = {
+        "command": ["mass-eval", *words],
+        "seed": wanted.recipe.run.seed,
+        "versions": _versions(),
+        "problems": len(problems.tasks),
+        "left_out": problems.left_out,
+        "repeated": problems.repeated,
+        **tally.results(rows, problems.trained),
+    }
+    results.write(folder, found)
+    _say(f"written: {folder}/results.json, results.md, results.html")
+    return found
+
+
+def _folder(args: argparse.Namespace, wanted: Plan) -> Path:
+    if args.out is None and wanted.step is None:
+        raise MassError("--out FOLDER is wanted where there is no run to keep the answers in")
+    folder = Path(args.out) if args.out is not None else wanted.step.parent / "evaluation"  # type: ignore[union-attr]
+    if folder.exists() and not folder.is_dir():
+        raise MassError(f"--out {folder} is a file: name a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not args.resume:
+        raise MassError(
+            f"--out {folder} exists, and nothing is overwritten: name another folder, or go on with it by --resume"
+        )
+    return folder
+
+
+# ---- the problems
+
+
+def held_out(wanted: Plan, chosen: Sequence[Arm], *, made: bool, limit: int | None = None) -> Problems:
+    """The problems to answer: those of the run, or (`made`) those of the recipe's problems.heldout alone.
+
+    None has the content of a problem that one of the arms' runs has trained on or shows in its prompts.
+    """
+    recipe = wanted.recipe
+    met: set[str] = set()
+    sources: set[str] = set()
+    runs = {arm.plan.step.parent for arm in chosen if arm.plan.step}
+    runs |= {wanted.step.parent} if wanted.step else set()
+    for run in sorted(runs):
+        # as it was trained, whatever this call changes
+        own = load_all(load_recipe(run / "recipe.yaml", [], training=False))
+        met |= {content_key(task.problem.text) for task in [*own.train, *own.pool]}
+        sources |= {task.source for task in own.train}
+    if not wanted.step:
+        shown = [source for source in recipe.problems.train if source]
+        for task in load_named(recipe, shown, recipe.problems.split, recipe.problems.size) if shown else []:
+            met.add(content_key(task.problem.text))
+            sources.add(task.source)
+    p = recipe.problems
+    if made:
+        found = load_named(recipe, p.heldout or [], p.heldout_split, limit or p.heldout_size)
+    else:
+        found = load_all(recipe).heldout
+    distinct = {content_key(task.problem.text): task for task in reversed(found)}
+    tasks = [task for key, task in reversed(distinct.items()) if key not in met]
+    if not tasks:
+        raise MassError(
+            f"no problem is left of {len(found)}: the run has trained on all of them. Name others with --problems"
+            if found
+            else "there are no held-out problems: this run has problems.heldout_size=0. Name some with --problems"
+        )
+    left_out = len(distinct) - len(tasks)
+    return Problems(tasks[:limit], left_out, len(found) - len(distinct), sorted(sources))
+
+
+# ---- the answers
+
+
+class Work(NamedTuple):
+    """What is left of an arm: its batches that are not all in the file, and the places that are."""
+
+    arm: Arm
+    path: Path
+    keys: list[str]
+    batches: list[list[int]]
+    done: set[int]
+
+
+def answer_all(chosen: Sequence[Arm], tasks: Sequence[Task], folder: Path, batch: int) -> None:
+    """Answer what the files of the arms do not hold yet. A model is loaded once for all arms that use it."""
+    items = [task.problem for task in tasks]
+    batches = group(items, batch)
+    works = []
+    for arm in chosen:
+        path, keys = folder / arm.file, [_key(arm, task) for task in tasks]
+        done = filerun.read_done(path, keys)
+        if done:
+            _say(f"{arm.name}: {len(done)} of {len(items)} problems have their answer")
+        # a batch of which a kill has left a part is done again whole: rounding depends on who shares it
+        left = [some for some in batches if not done.issuperset(some)]
+        works.append(Work(arm, path, keys, left, done))
+    todo = [work for work in works if work.batches]
+    # arms of one model, and of one kit, together; otherwise in the order they were asked for
+    models, kits = [_model(work) for work in todo], [_loaded(work) for work in todo]
+    todo.sort(key=lambda work: (models.index(_model(work)), kits.index(_loaded(work))))
+    with Verifier() as verifier:
+        for _, same_model in itertools.groupby(todo, key=_model):
+            _with_model(list(same_model), tasks, verifier)
+    for work in works:
+        # also where a kill came between the last answer and this: arms are paired by the order of their rows
+        if not filerun.put_in_order(work.path, work.keys):
+            raise MassError(f"{work.path} has lost lines meanwhile: go on with --resume")
+
+
+def _with_model(works: Sequence[Work], tasks: Sequence[Task], verifier: Verifier) -> None:
+    """Arms of one base model."""
+    r = works[0].arm.plan.recipe
+    m = r.model
+    hf, tokenizer = load(
+        m.path, dtype=m.dtype, device=m.device, cache=m.cache, attention=m.attention, world=r.problems.world
+    )
+    weights = sum(parameter.numel() for parameter in hf.parameters())
+    items = [task.problem for task in tasks]
+    for _, same_kit in itertools.groupby(works, key=_loaded):
+        with lent(hf, tokenizer):
+            some = list(same_kit)
+            kit = build_kit(some[0].arm.plan, (hf, tokenizer))
+            for arm, path, keys, batches, done in some:
+                begin = time.perf_counter()
+                for found in run_batches(arm.kit(kit), items, batches, arm.method, baselines=False):
+                    rows = [
+                        as_row(place, keys[place], record)
+                        | _verified(arm, tasks[place], record, verifier, weights)
+                        for place, record in found
+                        if place not in done
+                    ]
+                    filerun.append(path, [as_line(row) for row in rows])
+                _say(f"{arm.name}: done in {time.perf_counter() - begin:.1f} s")
+
+
+def _verified(arm: Arm, task: Task, record: Record, verifier: Verifier, weights: int) -> dict[str, Any]:
+    """What a row has beside its record. `weights`: how many the base model has."""
+    verdict = verifier.verify(record.solution, task)
+    return {
+        "source": task.source,
+        "reference": task.answer,
+        "score": verdict.score if math.isfinite(verdict.score) else None,
+        "verdict": verdict.status,
+        # a forward pass takes two operations a weight and token, a backward pass four
+        "flops": weights * (2 * record.tokens.generated + 6 * record.tokens.trained),
+        "truth": _truth(arm, task, record),
+    }
+
+
+def _truth(arm: Arm, task: Task, record: Record) -> list[Any]:
+    """[right, kin, honest] of each valid example where a world knows, else None. Own answers and training problems are no
+    practice that a world could judge."""
+    row = METHODS.get(arm.method)
+    judged = row is not None and row.examples in (self_made, teacher_made)
+    return [truth(task, e.problem, e.solution) if judged and e.valid else None for e in record.examples]
+
+
+def _key(arm: Arm, task: Task) -> str:
+    text = json.dumps([arm.key, task.answer, task.verifier, task.source])
+    return key_of(task.problem, hashlib.sha256(text.encode()).hexdigest()[:16])
+
+
+def _model(work: Work) -> str:
+    r = work.arm.plan.recipe
+    return json.dumps([dataclasses.asdict(r.model), r.problems.world], sort_keys=True)
+
+
+def _loaded(work: Work) -> str:
+    """Equal for arms whose plans load the same kit."""
+    plan = work.arm.plan
+    return json.dumps(
+        [str(plan.step), str(plan.peft), plan.budget, plan.teacher, dataclasses.asdict(plan.recipe)],
+        default=str,
+        sort_keys=True,
+    )
+
+
+def _versions() -> dict[str, str]:
+    from mass import __version__
+
+    found = {"mass": __version__, "python": platform.python_version()}
+    for name in VERSIONS:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def _say(text: str) -> None:
+    print(f"mass-eval: {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

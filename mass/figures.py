@@ -1,0 +1,169 @@
+"""The plots of an evaluation, as SVG for a page: by matplotlib, in colours that are legible on white and on black."""
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+# text, axes and grid take the colour of the page's text: drawn in this one, replaced afterwards
+INK = "#010203"
+COLOURS = ("#2f7fd8", "#d9722e", "#2e9e62", "#c2529b", "#8f7ad6", "#a8862a", "#4aa3a8", "#d0524f")
+PARTS = ("generate", "score", "adapt", "answer")
+WIDTH = 8.0
+# sources that have a line of their own
+SOURCES = 12
+
+
+def figures(results: Mapping[str, Any]) -> dict[str, str]:
+    """Title -> SVG element without links, for what there is to show of `mass.tally.results`."""
+    drawn = {
+        "Accuracy against tokens": _tokens(results["arms"]),
+        "Gain over none, by source": _gains(results),
+        "Weights of right and other examples": _weights(results["arms"]),
+        "Where the time goes": _cost(results["arms"]),
+    }
+    return {
+        title: _svg(figure, f"mass-{i}")
+        for i, (title, figure) in enumerate(drawn.items())
+        if figure is not None
+    }
+
+
+def groups(results: Mapping[str, Any]) -> list[tuple[str, int, dict[str, int]]]:
+    """(name, problems, right answers by arm) of each source, or of those with and without training problems where there
+    are more than a plot can hold."""
+    sources = results["sources"]
+    if len(sources) <= SOURCES:
+        return [(x["source"], x["problems"], x["right"]) for x in sources]
+    found = []
+    for trained, name in ((True, "sources trained on"), (False, "sources not trained on")):
+        some = [x for x in sources if x["trained"] is trained]
+        if some:
+            right = {arm: sum(x["right"][arm] for x in some) for arm in some[0]["right"]}
+            found.append((f"{name} ({len(some)})", sum(x["problems"] for x in some), right))
+    return found
+
+
+def _tokens(arms: Sequence[Mapping[str, Any]]) -> Any:
+    figure, axes = _axes(4.6)
+    for i, arm in enumerate(arms):
+        x, y = max(arm["tokens"], 1.0), arm["accuracy"]
+        low, high = arm["interval"] or (y, y)
+        axes.errorbar(
+            x,
+            y,
+            [[y - low], [high - y]],
+            fmt="o",
+            color=COLOURS[i % len(COLOURS)],
+            capsize=3,
+            label=arm["arm"],
+        )
+    axes.set_xscale("log")
+    axes.set_xlabel("generated plus trained tokens a problem")
+    axes.set_ylabel("accuracy, 95 % interval")
+    axes.legend(frameon=False, labelcolor=INK, bbox_to_anchor=(1.0, 1.0), loc="upper left", fontsize=9)
+    return figure
+
+
+def _gains(results: Mapping[str, Any]) -> Any:
+    names = [arm["arm"] for arm in results["arms"] if arm["arm"] != "none"]
+    if len(names) == len(results["arms"]) or not names:
+        return None
+    rows = groups(results)
+    figure, axes = _axes(1.0 + 0.22 * len(rows) * (len(names) + 1))
+    thick = 1 / (len(names) + 1)
+    for i, name in enumerate(names):
+        places = [row + i * thick for row in range(len(rows))]
+        gain = [(right[name] - right["none"]) / count for _, count, right in rows]
+        axes.barh(places, gain, height=0.9 * thick, color=COLOURS[i % len(COLOURS)], label=name)
+    axes.axvline(0.0, color=INK, linewidth=0.8)
+    axes.set_yticks(
+        [row + 0.5 - thick for row in range(len(rows))], [f"{name}\n{n} problems" for name, n, _ in rows]
+    )
+    axes.invert_yaxis()
+    axes.set_xlabel("accuracy less that of none")
+    axes.legend(frameon=False, labelcolor=INK, bbox_to_anchor=(1.0, 1.0), loc="upper left", fontsize=9)
+    return figure
+
+
+def _weights(arms: Sequence[Mapping[str, Any]]) -> Any:
+    known = [arm for arm in arms if arm["truth"]]
+    if not known:
+        return None
+    columns = min(3, len(known))
+    lines = -(-len(known) // columns)
+    figure, grid = _grid(lines, columns, 2.3 * lines)
+    for axes, arm in zip(grid, known, strict=False):
+        edges = arm["truth"]["edges"]
+        for kind, label, colour in (
+            ("good", "right, of the family", COLOURS[2]),
+            ("other", "other", COLOURS[1]),
+        ):
+            count = arm["truth"][f"weights_{kind}"]
+            share = [x / max(1, sum(count)) for x in count]
+            axes.stairs(share, edges, color=colour, fill=True, alpha=0.55, label=label)
+        axes.set_title(arm["arm"], fontsize=10, color=INK)
+        axes.set_xlabel("weight (1 = uniform)")
+    for axes in grid[len(known) :]:
+        axes.set_axis_off()
+    grid[0].set_ylabel("share of the examples")
+    grid[0].legend(frameon=False, labelcolor=INK, fontsize=8)
+    return figure
+
+
+def _cost(arms: Sequence[Mapping[str, Any]]) -> Any:
+    figure, axes = _axes(1.0 + 0.32 * len(arms))
+    left = [0.0] * len(arms)
+    for part, colour in zip(PARTS, COLOURS, strict=False):
+        seconds = [arm["parts"][part] for arm in arms]
+        axes.barh(range(len(arms)), seconds, left=left, color=colour, label=part, height=0.7)
+        left = [x + y for x, y in zip(left, seconds, strict=True)]
+    axes.set_yticks(range(len(arms)), [arm["arm"] for arm in arms])
+    axes.invert_yaxis()
+    axes.set_xlabel("seconds a problem")
+    axes.legend(frameon=False, labelcolor=INK, bbox_to_anchor=(1.0, 1.0), loc="upper left", fontsize=9)
+    return figure
+
+
+def _axes(height: float) -> tuple[Any, Any]:
+    figure, grid = _grid(1, 1, height)
+    return figure, grid[0]
+
+
+def _grid(lines: int, columns: int, height: float) -> tuple[Any, list[Any]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    grid = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for axes in grid:
+        axes.set_facecolor("none")
+        axes.tick_params(colors=INK, labelsize=9)
+        axes.xaxis.label.set_color(INK)
+        axes.yaxis.label.set_color(INK)
+        axes.grid(color=INK, alpha=0.15, linewidth=0.6)
+        axes.set_axisbelow(True)
+        for side, spine in axes.spines.items():
+            spine.set_color(INK)
+            spine.set_visible(side in ("left", "bottom"))
+    return figure, grid
+
+
+def _svg(figure: Any, salt: str) -> str:
+    """The figure as an element of a page: no header, no metadata, ids of its own, the page's ink."""
+    import matplotlib
+
+    figure.patch.set_alpha(0.0)
+    text = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "font.family": "sans-serif"}):
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    svg = text.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    # a page's parser knows the two name spaces
+    svg = re.sub(r'\sxmlns(:xlink)?="[^"]*"', "", svg)
+    # matplotlib numbers these from 1 in each figure
+    svg = re.sub(
+        r'id="((?:figure|axes|patch|line2d|text|xtick|ytick|legend|matplotlib|[A-Z])[\w.]*)"',
+        rf'id="{salt}-\1"',
+        svg,
+    )
+    return svg.replace(INK, "currentColor")

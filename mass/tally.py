@@ -1,0 +1,141 @@
+"""What the answers of all arms come to: the numbers of an evaluation, as a tree of JSON values.
+
+Takes the files of answers alone, so that a table can be made again without any model.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from mass import compare, outer
+
+# arms by these names are what the others are compared with
+RIVALS = ("none", "vote", "quest")
+SECONDS = ("generate", "score", "adapt", "answer")
+BINS = 20
+
+
+def results(files: Mapping[str, Iterable[Mapping[str, Any]]], trained: Sequence[str] = ()) -> dict[str, Any]:
+    """`arms`, `comparisons` and `sources` of the rows of each arm, all in the order of the same problems.
+
+    `trained`: sources that have training problems. A problem is right when its verifier gives the full score; one
+    without an answer or without a verdict is not.
+    """
+    arms, right = [], {}
+    source_P: list[str] = []
+    for name, rows in files.items():
+        arm, right[name], source_P = _arm(name, rows)
+        arms.append(arm)
+    return {
+        "arms": arms,
+        "comparisons": _comparisons(right),
+        "sources": [
+            {
+                "source": source,
+                "trained": source in trained,
+                "problems": count,
+                "right": {
+                    name: int(right_P[[x == source for x in source_P]].sum())
+                    for name, right_P in right.items()
+                },
+            }
+            for source, count in sorted(Counter(source_P).items(), key=lambda x: (-x[1], x[0]))
+        ],
+    }
+
+
+def _arm(name: str, rows: Iterable[Mapping[str, Any]]) -> tuple[dict[str, Any], np.ndarray, list[str]]:
+    right: list[bool] = []
+    sources: list[str] = []
+    count: Counter[str] = Counter()
+    total = dict.fromkeys(("generated", "trained", "flops", *SECONDS), 0.0)
+    scores = 0.0
+    won = 0.0
+    good: list[float] = []
+    other: list[float] = []
+    for row in rows:
+        right.append(row["score"] == 1.0)
+        sources.append(row["source"])
+        count["errors"] += row["error"] is not None
+        count["no_answer"] += row["error"] is None and row["answer"] is None
+        count["unverified"] += row["score"] is None
+        scores += row["score"] or 0.0
+        total["flops"] += row["flops"]
+        for part, value in (row["tokens"] | row["seconds"]).items():
+            total[part] += value
+        reasons = Counter(e["reason"] for e in row["examples"])
+        count["examples"] += len(row["examples"])
+        count["valid"] += reasons[""]
+        count["copies"] += reasons["copy"]
+        known = [
+            (e["weight"], x)
+            for e, x in zip(row["examples"], row["truth"], strict=True)
+            if x is not None and e["weight"] is not None
+        ]
+        is_good = [bool(x[0] and x[1]) for _, x in known]
+        if known:
+            weight = torch.tensor([[w for w, _ in known]])
+            good_TN = torch.tensor([is_good])
+            ahead, pairs = outer.ordered_pairs(weight, good_TN, torch.ones_like(good_TN))
+            won += ahead
+            count["pairs"] += pairs
+        good += [w for (w, _), x in zip(known, is_good, strict=True) if x]
+        other += [w for (w, _), x in zip(known, is_good, strict=True) if not x]
+        count["checks"] += sum(x[2] is not None for _, x in known)
+        count["honest"] += sum(x[2] is True for _, x in known)
+    P = len(right)
+    right_P = np.array(right, bool)
+    seconds = sum(total[part] for part in SECONDS) / P
+    known_count = len(good) + len(other)
+    arm = {
+        "arm": name,
+        "problems": P,
+        "right": int(right_P.sum()),
+        "accuracy": float(right_P.mean()),
+        "interval": compare.interval(right_P),
+        "score": scores / P,
+        **{key: count[key] for key in ("errors", "no_answer", "unverified", "examples", "valid", "copies")},
+        "tokens": (total["generated"] + total["trained"]) / P,
+        "generated": total["generated"] / P,
+        "trained": total["trained"] / P,
+        "flops": total["flops"] / P,
+        "seconds": seconds,
+        "parts": {part: total[part] / P for part in SECONDS},
+        "per_minute": 60 / seconds if seconds else None,
+        "truth": {
+            "known": known_count,
+            "good": len(good) / known_count,
+            "auc": won / count["pairs"] if count["pairs"] else None,
+            "honest": count["honest"] / count["checks"] if count["checks"] else None,
+            **_histogram(good, other),
+        }
+        if known_count
+        else None,
+    }
+    return arm, right_P, sources
+
+
+def _histogram(good: Sequence[float], other: Sequence[float]) -> dict[str, list[float]]:
+    top = max([*good, *other, 1e-9])
+    edges = np.linspace(0.0, top, BINS + 1)
+    return {
+        "edges": edges.tolist(),
+        "weights_good": np.histogram(good, edges)[0].tolist(),
+        "weights_other": np.histogram(other, edges)[0].tolist(),
+    }
+
+
+def _comparisons(right: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+    """Every arm against each rival, no pair twice; Holm's correction is over all of them."""
+    found: list[dict[str, Any]] = []
+    rivals = [name for name in RIVALS if name in right]
+    for name, right_P in right.items():
+        # of two rivals the later one is compared with the earlier
+        for rival in rivals[: rivals.index(name)] if name in rivals else rivals:
+            found.append({"arm": name, "against": rival, **compare.paired(right_P, right[rival])._asdict()})
+    for comparison, p in zip(found, compare.holm([x["p"] for x in found]), strict=True):
+        comparison["p_holm"] = p
+    return found
