@@ -83,7 +83,9 @@ def build(kind: str = "llama", dtype: torch.dtype = torch.float32) -> Any:
     with torch.no_grad():
         hf.lm_head.weight = torch.nn.Parameter(torch.randn(VOCABULARY, 64).to(dtype), requires_grad=False)
     layers = lora.attach(hf, lora.LoraShape(4, 8, ("all-linear",)))
-    return types.SimpleNamespace(hf=hf, tokenizer=Letters(), lora=layers, device=torch.device("cpu"))
+    return types.SimpleNamespace(
+        hf=hf, tokenizer=Letters(), lora=layers, shards=None, device=torch.device("cpu")
+    )
 
 
 @pytest.fixture(scope="module")
