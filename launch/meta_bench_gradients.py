@@ -266,18 +266,14 @@ def _reset_peak(device: str) -> float:
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
     libc = ctypes.CDLL(None)
+    if hasattr(libc, "mlockall"):
+        # Make what is mapped resident (MCL_CURRENT): pages of libraries that a busy machine has taken away meanwhile would
+        # come back during the case and count as its own. Without the right to lock, they do.
+        libc.mlockall(1)
+        libc.munlockall()
     if hasattr(libc, "malloc_trim"):
-        # give back what loading has freed: it would hide as much of the case's own memory
+        # after that, or the heap's free pages stay: give back what loading has freed, it would hide as much of the case's own
         libc.malloc_trim(0)
-    maps = Path("/proc/self/maps")
-    for line in maps.read_text().splitlines() if maps.exists() else ():
-        # Keep files that are mapped now resident: pages of libraries that a busy machine has taken away meanwhile would
-        # come back during the case and count as its own (without the right to lock, they do). No memory but files': the
-        # pages that were just given back would be resident again.
-        span, _, _, _, inode = line.split()[:5]
-        if inode != "0":
-            low, high = (int(x, 16) for x in span.split("-"))
-            libc.mlock(ctypes.c_void_p(low), ctypes.c_size_t(high - low))
     clear = Path("/proc/self/clear_refs")
     if clear.exists():
         # 5: the high-water mark of resident memory starts again from here (Linux, proc(5)); getrusage reads it
