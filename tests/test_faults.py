@@ -88,14 +88,14 @@ def happen(what: str) -> None:
         ("mass.metagrad:sweep", 0, "SIGSTOP", ["rank 0", "gone or stopped"]),
         ("mass.episode:write_examples", 1, "SIGSTOP", ["rank 1", "gone or stopped"]),
         ("mass.episode:write_examples", 1, "sleeps", ["rank 1", "has stood still", "run (episode.py:"]),
-        ("mass.episode:write_examples", 1, "spins", ["rank 1", "computes in", "run.patience=6"]),
+        ("mass.episode:write_examples", 1, "spins", ["rank 1", "computes in", "run.patience=10"]),
         ("mass.metagrad:sweep", 1, "fails", ["rank 1", "left: ValueError: a fault of one rank"]),
     ],
 )
 def test_the_others_end_with_the_reason_and_the_run_goes_on(
     ranks: Ranks, recipe: Path, tmp_path: Path, place: str, rank: int, what: str, told: list[str]
 ) -> None:
-    patience = 6 if what == "spins" else 20
+    patience = 10 if what == "spins" else 20
     own = [str(recipe), f"run.folder={tmp_path}", f"run.patience={patience}", "outer.steps=2"]
     begin = time.monotonic()
     # a stopped rank cannot end itself: that is its launcher's work

@@ -238,7 +238,7 @@ def test_two_launchers_are_two_nodes_of_one_run(tmp_path: Path) -> None:
         "launch/meta_train.py",
         "recipes/smoke.yaml",
         f"run.folder={tmp_path}",
-        "outer.steps=2",
+        "outer.steps=1",
         "zero.stage=3",
     ]
     nodes = [
