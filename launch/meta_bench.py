@@ -1,4 +1,4 @@
-"""Time and memory beside the peers, in one run: `python launch/meta_bench.py [gradients|adapt] [--json F] ...`.
+"""Time and memory beside the peers, in one run: `python launch/meta_bench.py [gradients|adapt|plan] [--json F] ...`.
 
 Every case runs in a process of its own, so that one case's memory is not another's. Rounds are interleaved (all cases,
 then all cases again) and the median is kept, so that a slow minute of the machine hits every row alike.
@@ -19,6 +19,7 @@ from typing import Any
 
 import meta_bench_adapt as adapt
 import meta_bench_gradients as gradients
+import meta_bench_plan as plan
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -27,7 +28,7 @@ Row = dict[str, Any]
 
 # A subcommand is a module: add_arguments(parser), cases(args) -> list[Row], name(case), measure(case) -> Row (in its own
 # process), finish(rows) -> rows (ratios), COLUMNS {key: (heading, format)}, NOTES, and plot(rows, file).
-COMMANDS: dict[str, ModuleType] = {"gradients": gradients, "adapt": adapt}
+COMMANDS: dict[str, ModuleType] = {"gradients": gradients, "adapt": adapt, "plan": plan}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

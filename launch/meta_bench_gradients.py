@@ -258,8 +258,8 @@ def distance(got: list[Tensor], truth: list[Tensor]) -> float:
     return float(torch.as_tensor(gap / size).sqrt())
 
 
-def _reset_peak(device: str) -> float:
-    """Forget the peak so far; returns the bytes held now."""
+def _reset_peak(device: str, lock: bool = True) -> float:
+    """Forget the peak so far; returns the bytes held now. `lock`: what is mapped now shall stay resident (once a process)."""
     gc.collect()
     if device != "cpu":
         torch.cuda.synchronize()
@@ -269,7 +269,7 @@ def _reset_peak(device: str) -> float:
     if hasattr(libc, "malloc_trim"):
         # give back what loading has freed: it would hide as much of the case's own memory
         libc.malloc_trim(0)
-    if hasattr(libc, "mlockall"):
+    if lock and hasattr(libc, "mlockall"):
         # Keep what is mapped now resident (MCL_CURRENT): pages of libraries that a busy machine has taken away meanwhile
         # would come back during the case and count as its own. Without the right to lock, they do.
         libc.mlockall(1)
