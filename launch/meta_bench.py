@@ -1,4 +1,4 @@
-"""Time and memory beside the peers, in one run: `python launch/meta_bench.py [gradients | generation | adapt] [--json F] ...`.
+"""Time and memory beside the peers, in one run: `python launch/meta_bench.py [gradients | generation | adapt | plan] [--json F] ...`.
 
 Every case runs in a process of its own, so that one case's memory is not another's. Rounds are interleaved (all cases,
 then all cases again) and the median is kept, so that a slow minute of the machine hits every row alike.
@@ -21,6 +21,7 @@ from typing import Any
 import meta_bench_adapt as adapt
 import meta_bench_generation as generation
 import meta_bench_gradients as gradients
+import meta_bench_plan as plan
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -30,7 +31,12 @@ Row = dict[str, Any]
 # A subcommand is a module: add_arguments(parser), cases(args) -> list[Row], name(case), measure(case) -> Row (in its own
 # process), finish(rows) -> rows (ratios), COLUMNS {key: (heading, format)}, NOTES, plot(rows, file), and CHECK = False if
 # nothing is to be measured once, outside the timed rounds.
-COMMANDS: dict[str, ModuleType] = {"gradients": gradients, "generation": generation, "adapt": adapt}
+COMMANDS: dict[str, ModuleType] = {
+    "gradients": gradients,
+    "generation": generation,
+    "adapt": adapt,
+    "plan": plan,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

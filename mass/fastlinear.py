@@ -31,7 +31,7 @@ def packed_linears(hf: nn.Module) -> Iterator[None]:
     patched: list[nn.Linear] = []
     try:
         for linear in hf.modules():
-            if type(linear) is nn.Linear and _can_pack(linear):
+            if type(linear) is nn.Linear and _packable(linear):
                 forward = _packed_forward(linear)
                 if forward is None:
                     break
@@ -43,7 +43,12 @@ def packed_linears(hf: nn.Module) -> Iterator[None]:
             del linear.__dict__["forward"]
 
 
-def _can_pack(linear: nn.Linear) -> bool:
+def can_pack() -> bool:
+    """Whether this machine's CPU has bf16 products that want packed weights."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _packable(linear: nn.Linear) -> bool:
     weight = linear.weight
     # a sharded weight is an empty tensor until it is gathered
     return weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and weight.dim() == 2
@@ -53,7 +58,7 @@ def _packed_forward(linear: nn.Linear) -> Callable[[Tensor], Tensor] | None:
     """The layer's forward with its weight packed; None, with a warning, where this torch cannot."""
     weight, bias = linear.weight, linear.bias
     try:
-        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        if not can_pack():
             raise RuntimeError("this CPU has no bf16 instructions that it uses")
         stamp = (weight.data_ptr(), weight._version)
         if linear not in _packed or _packed[linear][0] != stamp:

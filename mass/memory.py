@@ -19,10 +19,9 @@ import psutil
 import torch
 from torch import Tensor
 
-# The module that PyTorch's own page on fake tensors imports from; there is no public name for it.
-from torch._subclasses.fake_tensor import FakeTensorMode
+# The module that PyTorch's own page on fake tensors imports from; there is no public name for them.
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mass import metagrad, optimizers
@@ -63,6 +62,9 @@ class Live(TorchDispatchMode):
         self._seen: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            # two calls in three, and nothing is made
+            return args[0].fake_device
         kwargs = kwargs or {}
         for tensor in _tensors((args, kwargs)):
             # what comes from outside (weights, the batch) is not ours to count
@@ -101,7 +103,15 @@ def _workspace(operation: Any, args: tuple[Any, ...]) -> int:
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:
-    return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+    """Those among an operation's arguments or results, which are tuples, lists and dicts of them at most. By hand, since
+    this runs for every operation."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, (tuple, list)):
+        for one in tree:
+            yield from _tensors(one)
+    elif isinstance(tree, dict):
+        yield from _tensors(list(tree.values()))
 
 
 @dataclass(frozen=True)
@@ -148,18 +158,22 @@ def predict(
     checkpoint: bool = False,
     rule: Rule | None = None,
     need_init: bool = False,
+    seen: dict[bool, list[int]] | None = None,
 ) -> Peak:
     """Peak bytes over the weights of K inner steps, the outer gradient and the way back.
 
     `inner` and `outer` are batches of the largest shapes to expect (their numbers do not matter). `recompute` is
     blockwise's; `checkpoint` says that first-order passes recompute block by block. `need_init`: dL/dphi_0 is wanted.
+    `seen`: a dict that calls on the same model and batches share, for what engines have in common (first-order passes).
     """
     rule = rule or Rule()
     need_hessian = need_init or steps > 1
     exact = torch.float64 if next(hf.parameters()).dtype == torch.float64 else torch.float32
     T = inner.tokens_TPS.shape[0]
     recorded = min(steps, metagrad.RECORDED) if engine == "reverse" else 0
-    first_order: list[int] = []
+    known = {} if seen is None else seen
+    first_order = list(known.get(checkpoint, ()))
+    measure = not first_order
     sweep: list[int] = []
     size: list[int] = []
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -170,8 +184,9 @@ def predict(
             adapter = _adapter(model.layers, shape.rank, T, exact)
             size.append(sum(x.nbytes for x in adapter.values()))
             own = model.parts if checkpoint else None
-            with _counting(first_order):
-                _first_order(model, max(examples, last, key=lambda x: x.tokens_TPS.numel()), adapter, own)
+            if measure:
+                with _counting(first_order):
+                    _first_order(model, max(examples, last, key=lambda x: x.tokens_TPS.numel()), adapter, own)
             products = _products(model, examples, weight_TN, engine, recompute, own)
             grad = {key: torch.empty_like(x) for key, x in adapter.items()}
             with _counting(sweep):
@@ -182,6 +197,7 @@ def predict(
                     _first_order(model, last, adapter, own)
                 while taken:
                     products(Step(adapter, {}, taken.pop(), weight_TN), grad, need_hessian)
+    known[checkpoint] = first_order
     deep = len(parts.blocks) if parts else hf.config.get_text_config().num_hidden_layers
     one = _line(size, deep)
     # An inner step keeps where it started, its gradient and the optimizer's state; then there are the adapted adapter,
@@ -239,13 +255,14 @@ def choose(
     whose = "meta_gradient.memory_gb" if memory_gb is not None else "free"
     tried: list[str] = []
     least = float("inf")
+    seen: dict[bool, list[int]] = {}
     for engine, recompute, own_checkpoint in _ORDER:
         if (parts is None and engine == "blockwise") or (checkpoint and not own_checkpoint and recompute):
             continue
         again = parts is not None and (checkpoint or own_checkpoint)
         peak = predict(
             hf, parts, shape, inner, outer, engine=engine, steps=steps, recompute=recompute, checkpoint=again, rule=rule,
-            need_init=need_init,
+            need_init=need_init, seen=seen,
         )  # fmt: skip
         words = engine + {("blockwise", False): " without recomputation"}.get((engine, recompute), "")
         words += " with recomputed first-order passes" if again else ""

@@ -5,6 +5,7 @@ model's config. Lengths are the longest that the recipe allows: prompts of `PROM
 """
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -13,10 +14,12 @@ from transformers import AutoModelForCausalLM
 from mass import blocks, lora, memory
 from mass.batch import Sequence, pack
 from mass.errors import MassError
+from mass.fastlinear import can_pack
 from mass.lora import LoraShape
 from mass.model import DTYPES, read_config
 from mass.optimizers import Rule
 from mass.recipe import Recipe
+from mass.shards import unit_of
 
 PROMPT = 128
 # matrix products over those of a forward and a backward pass of each inner step, that pass included
@@ -44,28 +47,30 @@ class Plan:
         return sum(self.parts.values()) + max(sum(self.generating.values()), self.engines[engine].total)
 
 
-def make(recipe: Recipe, ranks: int) -> Plan:
-    """The plan for `ranks` processes. Takes seconds."""
+def make(recipe: Recipe, ranks: int, engines: Collection[str] = tuple(ENGINES)) -> Plan:
+    """The plan for `ranks` processes, with these engines of ENGINES. Takes seconds."""
     r = recipe
     config = read_config(r.model.path, r.model.dtype, r.model.cache)
     with torch.device("meta"):
         hf = AutoModelForCausalLM.from_config(config, dtype=DTYPES[r.model.dtype], attn_implementation="sdpa")
     hf = hf.eval().requires_grad_(False)
+    sharded = r.zero.stage == 3 and ranks > 1
     base = _bytes(hf)
     head = hf.get_output_embeddings().weight
+    units = _unit_bytes(hf)
+    packed = _packed_bytes(hf, r.model.device) if not sharded else 0
     linear = sum(x.weight.numel() for x in hf.modules() if isinstance(x, torch.nn.Linear)) - head.numel()
     shape = LoraShape(r.lora.rank, r.lora.alpha, tuple(r.lora.targets))
     layers = lora.attach(hf, shape)
     parts = blocks.find(hf, layers)
-    block = max(_bytes(one) for one in parts.blocks)
     text = config.get_text_config()
     adapter = sum((x.weight.shape[0] + x.weight.shape[1]) * shape.rank for x in layers.values())
-    sharded = r.zero.stage == 3 and ranks > 1
     outer = _outer_bytes(adapter, r.zero.stage, ranks, r.zero.offload)
     memory_parts = {
         "base shard" if sharded else "base": base // ranks if sharded else base,
-        # the one in use and the one that is fetched; or the head, gathered by itself
-        "gathered blocks": max(2 * block, head.nbytes) if sharded else 0,
+        # the unit in use and the one that is fetched: from one token to the next, the head and the embedding
+        "gathered units": sum(units[-2:]) if sharded else 0,
+        "weights packed for text": packed,
         "adapter, its gradient and optimizer": outer,
     }
     T = min(r.outer.tasks, r.outer.tasks_at_once or r.outer.tasks)
@@ -75,13 +80,19 @@ def make(recipe: Recipe, ranks: int) -> Plan:
     rule = Rule(i.optimizer, i.momentum, i.beta1, i.beta2, i.eps, i.eps_root, i.clip)
     inner = pack([[Sequence([0] * (PROMPT + new), PROMPT)] * N] * T, 0)
     last = pack([[Sequence([0] * (PROMPT + answer), PROMPT)] * G] * T, 0, share=blocks.attends_fully(hf))
-    peaks = {
-        name: memory.predict(
-            hf, parts, shape, inner, last, engine=engine, steps=i.steps, recompute=recompute,
-            checkpoint=again or i.checkpoint, rule=rule, need_init=r.outer.through_init,
-        )
-        for name, (engine, recompute, again, _) in ENGINES.items()
-    }  # fmt: skip
+    peaks: dict[str, memory.Peak] = {}
+    # with inner.checkpoint two engines are one
+    same: dict[tuple[str, bool, bool], memory.Peak] = {}
+    seen: dict[bool, list[int]] = {}
+    for name in engines:
+        engine, recompute, again, _ = ENGINES[name]
+        key = (engine, recompute, again or i.checkpoint)
+        if key not in same:
+            same[key] = memory.predict(
+                hf, parts, shape, inner, last, engine=engine, steps=i.steps, recompute=recompute, checkpoint=key[2],
+                rule=rule, need_init=r.outer.through_init, seen=seen,
+            )  # fmt: skip
+        peaks[name] = same[key]
     rows = min(r.generate.batch_rows, T * max(N, G))
     kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -90,6 +101,8 @@ def make(recipe: Recipe, ranks: int) -> Plan:
         # prompts once for the rows that share one
         "KV cache": column * (rows * max(new, answer) + min(rows, T) * PROMPT),
         "logits": rows * head.shape[0] * 4,
+        # of each row's adapter a copy in fp32, and from that one in the base's dtype
+        "adapters of the rows": (T if G > 1 else 1) * adapter * (4 + head.element_size() % 4),
     }
     if sharded and r.zero.hold_base:
         generating["base held whole"] = base - base // ranks
@@ -135,6 +148,26 @@ def machines(word: str) -> tuple[int, float | None]:
 
 def _bytes(module: torch.nn.Module) -> int:
     return sum(x.nbytes for x in {id(x): x for x in module.parameters()}.values())
+
+
+def _unit_bytes(hf: torch.nn.Module) -> list[int]:
+    """What is gathered together at stage 3, ascending."""
+    sizes: dict[str, int] = {}
+    seen: set[int] = set()
+    for path, module in hf.named_modules():
+        if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)) and id(module.weight) not in seen:
+            seen.add(id(module.weight))
+            sizes[unit_of(path)] = sizes.get(unit_of(path), 0) + module.weight.nbytes
+    return sorted(sizes.values())
+
+
+def _packed_bytes(hf: torch.nn.Module, device: str) -> int:
+    """A CPU keeps the matrices of a bf16 base a second time, in the order that its products like (mass/fastlinear.py)."""
+    on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+    if not on_cpu or not can_pack():
+        return 0
+    linears = (m.weight for m in hf.modules() if isinstance(m, torch.nn.Linear))
+    return sum(w.nbytes for w in linears if w.dtype == torch.bfloat16)
 
 
 def _outer_bytes(size: int, stage: int, ranks: int, offload: bool) -> int:

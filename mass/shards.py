@@ -105,9 +105,7 @@ class Shards:
                 continue
             weight = module.weight
             if id(weight) not in seen:
-                # up to the first number: a decoder block
-                found = re.match(r".*?\.\d+(?=\.)", path)
-                u = number.setdefault(found[0] if found else path, len(number))
+                u = number.setdefault(unit_of(path), len(number))
                 if u == len(self.units):
                     self.units.append(Unit())
                 i = self.units[u].add(f"{path}.weight", weight.shape, alignment)
@@ -242,6 +240,13 @@ class Shards:
                     self._served += 1
                 else:
                     self._ask(self._want)
+
+
+def unit_of(path: str) -> str:
+    """The unit that the matrix of the module at `path` belongs to: its decoder block, or it is one by itself."""
+    # up to the first number: a decoder block
+    found = re.match(r".*?\.\d+(?=\.)", path)
+    return found[0] if found else path
 
 
 def _chosen(answers: list[list[int]]) -> int:

@@ -1,5 +1,7 @@
 """The planner against what is really there."""
 
+import argparse
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,10 @@ from mass import plan
 from mass.errors import MassError
 from mass.recipe import Recipe, load
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "launch"))
+
+import meta_bench_plan as bench  # noqa: E402
+
 
 def recipe(folder: Path, *overrides: str) -> Recipe:
     file = folder / "r.yaml"
@@ -20,14 +26,25 @@ def recipe(folder: Path, *overrides: str) -> Recipe:
     return load(file, [*small, *overrides])
 
 
-@pytest.mark.slow
 def test_the_base_is_what_is_loaded(tmp_path: Path) -> None:
     hf, _ = tiny("llama", torch.float32)
     whole = sum(p.nbytes for p in hf.parameters())
-    made = plan.make(recipe(tmp_path), 2)
+    made = plan.make(recipe(tmp_path), 2, [])
     assert made.parts["base"] == whole
-    shard = plan.make(recipe(tmp_path, "zero.stage=3"), 2)
-    assert shard.parts["base shard"] == whole // 2 and shard.parts["gathered blocks"] > 0
+    shard = plan.make(recipe(tmp_path, "zero.stage=3"), 2, [])
+    assert shard.parts["base shard"] == whole // 2 and shard.parts["gathered units"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.skipif(sys.platform != "linux", reason="resets the peak of resident memory through /proc")
+def test_a_plan_is_within_15_percent_of_what_two_ranks_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The base in parts, the optimizer and the peak of one engine; `launch/meta_bench.py plan` measures the others."""
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
+    cases = {bench.name(case): case for case in bench.cases(argparse.Namespace(set=[]))}
+    row = bench.measure(cases["tiny/ranks2/stage3/blockwise_kept"] | {"threads": 1, "check": True})
+    assert row["total_planned"] == pytest.approx(row["total_measured"], rel=0.15), row
+    assert row["gradient_planned"] == pytest.approx(row["gradient_measured"], rel=0.15), row
 
 
 def test_a_bad_plan_is_refused() -> None:
