@@ -258,15 +258,15 @@ def distance(got: list[Tensor], truth: list[Tensor]) -> float:
     return float(torch.as_tensor(gap / size).sqrt())
 
 
-def _reset_peak(device: str) -> float:
-    """Forget the peak so far; returns the bytes held now."""
+def _reset_peak(device: str, fill: bool = True) -> float:
+    """Forget the peak so far; returns the bytes held now. `fill`: all that is mapped shall be resident before that."""
     gc.collect()
     if device != "cpu":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "mlockall"):
+    if fill and hasattr(libc, "mlockall"):
         # Make what is mapped resident (MCL_CURRENT): pages of libraries that a busy machine has taken away meanwhile would
         # come back during the case and count as its own. Without the right to lock, they do.
         libc.mlockall(1)

@@ -172,14 +172,14 @@ def on_rank(case: Row) -> Row:
 def work(recipe: Recipe, world: World, how: str, tokens: int) -> Row:
     """Everything that the planner counts, with prompts of so many tokens."""
     r, i = recipe, recipe.inner
-    start = _reset_peak("cpu")
+    start = _reset_peak("cpu", fill=False)
     shards = Shards(world.device) if r.zero.stage == 3 and world.size > 1 else None
     hf, tokenizer = load(r.model.path, dtype=r.model.dtype, device="cpu", cache=r.model.cache, shards=shards)
     shape = lora.LoraShape(r.lora.rank, r.lora.alpha, tuple(r.lora.targets))
     lm = LanguageModel(hf, tokenizer, lora.attach(hf, shape), shape, r.model.path, shards)
     parts = split(hf, lm.lora)
     lm.settle()
-    loaded = _reset_peak("cpu")
+    loaded = _reset_peak("cpu", fill=False)
 
     groups = {"policy": lora.fresh(lm.lora, shape.rank, torch.Generator().manual_seed(0))}
     config = engine.settings(r.zero.stage, r.outer.clip_grad)
@@ -219,7 +219,7 @@ def work(recipe: Recipe, world: World, how: str, tokens: int) -> Row:
 def peak_of(lm: LanguageModel, run: Callable[[], Any]) -> tuple[float, float]:
     """Bytes held before, and the most over that meanwhile."""
     gc.collect()
-    before = _reset_peak("cpu")
+    before = _reset_peak("cpu", fill=False)
     run()
     lm.settle()
     return before, _peak("cpu", before)
