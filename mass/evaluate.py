@@ -227,7 +227,9 @@ def answer_all(chosen: Sequence[Arm], tasks: Sequence[Task], folder: Path, batch
     batches = group(items, batch)
     works = []
     for arm in chosen:
-        path, keys = folder / arm.file, [_key(arm, task) for task in tasks]
+        # hashes the run's files: once an arm
+        settings = arm.key
+        path, keys = folder / arm.file, [_key(settings, task) for task in tasks]
         done = filerun.read_done(path, keys)
         if done:
             _say(f"{arm.name}: {len(done)} of {len(items)} problems have their answer")
@@ -295,8 +297,8 @@ def _truth(arm: Arm, task: Task, record: Record) -> list[Any]:
     return [truth(task, e.problem, e.solution) if judged and e.valid else None for e in record.examples]
 
 
-def _key(arm: Arm, task: Task) -> str:
-    text = json.dumps([arm.key, task.answer, task.verifier, task.source])
+def _key(settings: str, task: Task) -> str:
+    text = json.dumps([settings, task.answer, task.verifier, task.source])
     return key_of(task.problem, hashlib.sha256(text.encode()).hexdigest()[:16])
 
 

@@ -12,6 +12,8 @@ PARTS = ("generate", "score", "adapt", "answer")
 WIDTH = 8.0
 # sources that have a line of their own
 SOURCES = 12
+# the next one where the colours begin again
+MARKERS = "osD^vP"
 
 
 def figures(results: Mapping[str, Any]) -> dict[str, str]:
@@ -45,6 +47,8 @@ def groups(results: Mapping[str, Any]) -> list[tuple[str, int, dict[str, int]]]:
 
 
 def _tokens(arms: Sequence[Mapping[str, Any]]) -> Any:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     figure, axes = _axes(4.6)
     for i, arm in enumerate(arms):
         x, y = max(arm["tokens"], 1.0), arm["accuracy"]
@@ -53,12 +57,15 @@ def _tokens(arms: Sequence[Mapping[str, Any]]) -> Any:
             x,
             y,
             [[y - low], [high - y]],
-            fmt="o",
+            fmt=MARKERS[i // len(COLOURS) % len(MARKERS)],
             color=COLOURS[i % len(COLOURS)],
             capsize=3,
             label=arm["arm"],
         )
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("generated plus trained tokens a problem")
     axes.set_ylabel("accuracy, 95 % interval")
     axes.legend(frameon=False, labelcolor=INK, bbox_to_anchor=(1.0, 1.0), loc="upper left", fontsize=9)
@@ -72,17 +79,22 @@ def _gains(results: Mapping[str, Any]) -> Any:
     rows = groups(results)
     figure, axes = _axes(1.0 + 0.22 * len(rows) * (len(names) + 1))
     thick = 1 / (len(names) + 1)
+    # the colours of the plot above
+    colour = {arm["arm"]: COLOURS[i % len(COLOURS)] for i, arm in enumerate(results["arms"])}
     for i, name in enumerate(names):
         places = [row + i * thick for row in range(len(rows))]
         gain = [(right[name] - right["none"]) / count for _, count, right in rows]
-        axes.barh(places, gain, height=0.9 * thick, color=COLOURS[i % len(COLOURS)], label=name)
+        bars = axes.barh(places, gain, height=0.9 * thick, color=colour[name])
+        # by name: there may be more arms than colours
+        axes.bar_label(bars, [name] * len(rows), padding=3, fontsize=8, color=INK)
     axes.axvline(0.0, color=INK, linewidth=0.8)
     axes.set_yticks(
         [row + 0.5 - thick for row in range(len(rows))], [f"{name}\n{n} problems" for name, n, _ in rows]
     )
     axes.invert_yaxis()
     axes.set_xlabel("accuracy less that of none")
-    axes.legend(frameon=False, labelcolor=INK, bbox_to_anchor=(1.0, 1.0), loc="upper left", fontsize=9)
+    # room for the names
+    axes.margins(x=0.25)
     return figure
 
 
@@ -137,7 +149,7 @@ def _grid(lines: int, columns: int, height: float) -> tuple[Any, list[Any]]:
     grid = list(figure.subplots(lines, columns, squeeze=False).flat)
     for axes in grid:
         axes.set_facecolor("none")
-        axes.tick_params(colors=INK, labelsize=9)
+        axes.tick_params(which="both", colors=INK, labelsize=9)
         axes.xaxis.label.set_color(INK)
         axes.yaxis.label.set_color(INK)
         axes.grid(color=INK, alpha=0.15, linewidth=0.6)

@@ -56,7 +56,9 @@ def show(results: Mapping[str, Any], console: Console) -> None:
                 Text(plain(head, console.encoding)), justify="right" if i else "left", overflow="fold"
             )
         for row in rows:
-            table.add_row(*(Text(plain(cell, console.encoding)) for cell in row))
+            # an interval has a line of its own
+            parts = [[plain(part, console.encoding) for part in cell.split("\n")] for cell in row]
+            table.add_row(*(Text("\n".join(part)) for part in parts))
         console.print(table)
     console.print(Text(_about(results)))
 
@@ -133,14 +135,14 @@ def _examples(results: Mapping[str, Any]) -> Cells:
 
 
 def _between(interval: Sequence[float] | None, sign: str = "") -> str:
-    return "" if interval is None else f" [{interval[0]:{sign}.3f}, {interval[1]:{sign}.3f}]"
+    return "" if interval is None else f"\n[{interval[0]:{sign}.3f}, {interval[1]:{sign}.3f}]"
 
 
 def _compared(x: Mapping[str, Any] | None) -> str:
     if x is None:
         return "-"
     p = "p < 0.0001" if x["p_holm"] < 1e-4 else f"p = {x['p_holm']:.4f}"
-    return f"{x['difference']:+.3f}{_between(x['interval'], '+')} {p}"
+    return f"{x['difference']:+.3f} {p}{_between(x['interval'], '+')}"
 
 
 def _about(results: Mapping[str, Any]) -> str:

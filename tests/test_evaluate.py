@@ -413,8 +413,12 @@ def test_nothing_is_loaded_when_nothing_is_left(
     run: Path, done: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(evaluate, "load", lambda *_, **__: pytest.fail("a model is loaded"))
+    hashed = []
+    real = arms.settings_key
+    monkeypatch.setattr(arms, "settings_key", lambda plan: hashed.append(plan) or real(plan))
     argv = ["--run", str(run), "--batch", "4", "--out", str(done), "--resume"]
     assert evaluate.main([*argv, "--methods", "none,mass"]) == 0
+    assert len(hashed) == 2, "what an arm depends on is hashed once, not for every problem"
     said = capsys.readouterr()
     assert "10 problems" in said.out and "vs none" in said.out and "vs vote" not in said.out
     # a kill may come when all answers are there but not in order yet; put back for the other tests
