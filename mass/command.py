@@ -188,7 +188,8 @@ def _run(args: argparse.Namespace, out: IO[str]) -> None:
             _show(out, args.json, row, record)
         if html is not None and path is None:
             shown.append(row)
-    if path is not None and batches:
+    # also where nothing was left to answer: a kill may have come before the lines were sorted
+    if path is not None and path.exists():
         filerun.put_in_order(path, keys)
     if html is not None:
         shown.sort(key=lambda row: row["position"])

@@ -251,6 +251,11 @@ def test_resume_wants_the_same_call(
         raise MassError("stopped")
 
     assert command.main([*words, "--out", str(path), "--resume", "--method", "none"]) == 0
+    # killed when all was answered, but before the lines were put in order
+    answers = path.read_text().splitlines(True)
+    path.write_text("".join(reversed(answers)))
+    assert command.main([*words, "--out", str(path), "--resume", "--method", "none"]) == 0
+    assert path.read_text().splitlines(True) == answers and len(answers) > 1
     monkeypatch.setattr(command, "run_batches", stop)
     cases = [
         (["--out", str(path), "--method", "none"], "go on with it by --resume"),
