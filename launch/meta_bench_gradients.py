@@ -274,6 +274,13 @@ def _reset_peak(device: str, fill: bool = True) -> float:
     if hasattr(libc, "malloc_trim"):
         # after that, or the heap's free pages stay: give back what loading has freed, it would hide as much of the case's own
         libc.malloc_trim(0)
+    maps = Path("/proc/self/maps")
+    for line in maps.read_text().splitlines() if maps.exists() and hasattr(libc, "mlock") else ():
+        # files that are mapped stay resident: a library's page that goes or comes meanwhile would count as the case's
+        span, _, _, _, inode = line.split()[:5]
+        if inode != "0":
+            low, high = (int(x, 16) for x in span.split("-"))
+            libc.mlock(ctypes.c_void_p(low), ctypes.c_size_t(high - low))
     clear = Path("/proc/self/clear_refs")
     if clear.exists():
         # 5: the high-water mark of resident memory starts again from here (Linux, proc(5)); getrusage reads it
