@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mass import checkpoint, chooser, recipe, teacher
 from mass.blocks import Split, split
-from mass.choices import Guard, Kit, Knobs, Teacher
+from mass.choices import Kit, Teacher
 from mass.choices.guards import fisher_information
 from mass.errors import MassError
 from mass.forward import check_model
@@ -195,8 +195,8 @@ def build_kit(plan: Plan, loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase
         seed=r.run.seed,
         budget=plan.budget,
         teacher=_teacher(r, plan.teacher, tokenizer) if plan.teacher else None,
-        guard=Guard(**dataclasses.asdict(r.guard)),
-        knobs=_knobs(r),
+        guard=r.guard,
+        knobs=r.knobs,
         chooser=chooser.load(plan.step.parent) if plan.step else None,
     )
     return dataclasses.replace(kit, fisher=fisher_information(kit)) if r.guard.fisher else kit
@@ -306,13 +306,6 @@ def _pool(plan: Plan) -> list[Task]:
         demonstrations=p.demonstrations,
     )
     return draw_pool(tasks, r.prompt.pool, r.run.seed)[0]
-
-
-def _knobs(r: Recipe) -> Knobs:
-    values = dataclasses.asdict(r.knobs)
-    # of the teacher alone
-    del values["teacher_seconds"]
-    return Knobs(**values)
 
 
 def _teacher(r: Recipe, name: str, tokenizer: PreTrainedTokenizerBase) -> Teacher:

@@ -24,7 +24,6 @@ from torch import Tensor
 from mass.choices import (
     Answered,
     Gated,
-    Guard,
     Kit,
     Room,
     Updated,
@@ -62,6 +61,7 @@ from mass.practice import Practice
 from mass.problems import Problem
 from mass.records import Made, Record, Seconds, StepLoss, Tokens
 from mass.rewards import find_answer, vote
+from mass.schema import Guard
 
 Examples = Callable[[Kit, Seq[Problem], Room], Practice]
 Weights = Callable[[Kit, Seq[Problem], Practice], Tensor]

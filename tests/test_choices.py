@@ -17,7 +17,7 @@ from tiny import tiny_lm
 from mass import choices, methods, teacher
 from mass.batch import Sequence as Tokens
 from mass.batch import pack
-from mass.choices import Guard, Kit, Knobs, Room, examples, gates, guards, updates, weights
+from mass.choices import Kit, Room, examples, gates, guards, updates, weights
 from mass.choices.answers import vote_over_views
 from mass.choices.views import views
 from mass.errors import MassError
@@ -29,6 +29,7 @@ from mass.optimizers import Rule
 from mass.practice import Practice, Sampling, pack_examples
 from mass.problems import Problem, Task
 from mass.prompts import Example, make_prompts
+from mass.schema import Guard, Knobs
 from mass.scorer import Scorer
 
 GRIDS = Problem(

@@ -17,9 +17,7 @@ from mass.choices.gates import small_margin
 from mass.choices.kit import (
     Answered,
     Gated,
-    Guard,
     Kit,
-    Knobs,
     Room,
     Teacher,
     Updated,
@@ -33,9 +31,7 @@ from mass.choices.weights import agreement, best_scored, probable, scored, short
 __all__ = [
     "Answered",
     "Gated",
-    "Guard",
     "Kit",
-    "Knobs",
     "Room",
     "Teacher",
     "Updated",

@@ -19,33 +19,11 @@ from mass.practice import Practice, Sampling, answer, seed_of
 from mass.problems import Problem, Task
 from mass.prompts import Prompts, Shots, pick_shots
 from mass.rewards import find_answer
+from mass.schema import Guard, Knobs
 
 # (target texts, generate shots of each, seeds of each) -> for each target and seed what was written, or why nothing was
 Written = Rollout | str
 Teacher = Callable[[Seq[str], Seq[Seq[tuple[str, str, str]]], Seq[Seq[int]]], list[list[Written]]]
-
-
-@dataclass(frozen=True)
-class Guard:
-    """Guards of the update, all off by default: see `mass.choices.guards`."""
-
-    max_loss: float | None = None
-    max_grad_norm: float | None = None
-    fisher: float = 0.0
-    restore: float = 0.0
-    heldout: float = 0.0
-
-
-@dataclass(frozen=True)
-class Knobs:
-    """margin, gate_samples: of the gate of `tt-si` and `tt-d`; threshold: of `vds`; kl, forking, band: of `ttrl`."""
-
-    margin: float = 0.5
-    gate_samples: int = 4
-    threshold: float = 0.3
-    kl: float = 0.001
-    forking: float = 1.0
-    band: float = 0.0
 
 
 @dataclass(frozen=True)
