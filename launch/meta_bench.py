@@ -29,7 +29,7 @@ from rich.table import Table
 Row = dict[str, Any]
 
 # A subcommand is a module: add_arguments(parser), cases(args) -> list[Row], name(case), measure(case) -> Row (in its own
-# process), finish(rows) -> rows (ratios), COLUMNS {key: (heading, format)}, NOTES, plot(rows, file), and CHECK = False if
+# process), finish(rows) -> rows (ratios), COLUMNS {key: (heading, format)}, NOTES, plot(rows, axes), and CHECK = False if
 # nothing is to be measured once, outside the timed rounds.
 COMMANDS: dict[str, ModuleType] = {
     "gradients": gradients,
@@ -90,7 +90,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.markdown:
         args.markdown.write_text(markdown(module, rows, machine(args.threads), given), encoding="utf-8")
     if args.plot:
-        module.plot(rows, args.plot)
+        plot(module, rows, args.plot)
+
+
+def plot(module: ModuleType, rows: list[Row], file: Path) -> None:
+    """What the module draws of its rows, as a file of the kind that its name says."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7.5, 5))
+    module.plot(rows, axes)
+    axes.grid(alpha=0.3, which="both")
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(file)
 
 
 def run(command: str, module: ModuleType, cases: list[Row], rounds: int, threads: int) -> list[Row]:

@@ -9,7 +9,6 @@ import argparse
 import time
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -107,19 +106,11 @@ def finish(rows: list[Row]) -> list[Row]:
     return rows
 
 
-def plot(rows: list[Row], file: Path) -> None:
+def plot(rows: list[Row], axes: Any) -> None:
     """A bar an engine."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     good = [row for row in rows if "per_minute" in row]
-    figure, axes = pyplot.subplots(figsize=(6, 3))
     axes.barh([row["engine"] for row in good], [row["per_minute"] for row in good])
     axes.set(xlabel="problems a minute")
-    figure.tight_layout()
-    figure.savefig(file)
 
 
 # ---- one case, in its own process

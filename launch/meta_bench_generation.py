@@ -113,15 +113,9 @@ def finish(rows: list[Row]) -> list[Row]:
     return rows
 
 
-def plot(rows: list[Row], file: Path) -> None:
+def plot(rows: list[Row], axes: Any) -> None:
     """Tokens per second over the batch: one line an engine, at the first length."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     good = [row for row in rows if "tokens_per_second" in row]
-    figure, axes = pyplot.subplots(figsize=(7.5, 5))
     for label in dict.fromkeys(row["engine"] + (" with adapters" if row["adapters"] else "") for row in good):
         own = [
             row
@@ -131,11 +125,6 @@ def plot(rows: list[Row], file: Path) -> None:
         ]
         axes.plot([r["batch"] for r in own], [r["tokens_per_second"] for r in own], "o-", label=label)
     axes.set(xscale="log", yscale="log", xlabel="rows", ylabel="tokens per second")
-    axes.grid(alpha=0.3, which="both")
-    if good:
-        axes.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(file)
 
 
 # ---- one case, in its own process

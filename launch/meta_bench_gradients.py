@@ -8,7 +8,7 @@ each sequence's tokens, and L is that of one more sequence a task.
 import argparse
 import ctypes
 import gc
-import resource
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -131,17 +131,11 @@ def finish(rows: list[Row]) -> list[Row]:
     return rows
 
 
-def plot(rows: list[Row], file: Path) -> None:
+def plot(rows: list[Row], axes: Any) -> None:
     """Time against memory: one line an engine, one point a K (marked), at the grid's first length and task count."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     good = [r for r in rows if r["case"] == "grid" and "seconds" in r]
     spots = [(r["tokens"], r["tasks"]) for r in good]
     spot = max(set(spots), key=spots.count) if spots else (0, 0)
-    figure, axes = pyplot.subplots(figsize=(7.5, 5))
     for engine in ENGINES:
         own = [r for r in good if r["engine"] == engine and (r["tokens"], r["tasks"]) == spot]
         if own:
@@ -156,11 +150,6 @@ def plot(rows: list[Row], file: Path) -> None:
                 )
     axes.set(xscale="log", yscale="log", xlabel="peak memory over the weights, GB", ylabel="seconds")
     axes.set_title(f"{EXAMPLES} x {spot[0]} tokens, {spot[1]} task(s)")
-    axes.grid(alpha=0.3, which="both")
-    if good:
-        axes.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(file)
 
 
 # ---- one case, in its own process
@@ -177,11 +166,11 @@ def timing(case: Row) -> Row:
     setup = build(case)
     method = METHODS[case["engine"]]
     method(warm(setup))
-    before = _reset_peak(case["device"])
+    before = reset_peak(case["device"])
     begin = time.perf_counter()
     answer = method(setup)
     wait(case["device"])
-    row: Row = {"seconds": time.perf_counter() - begin, "malloc_gb": _peak(case["device"], before) / 1e9}
+    row: Row = {"seconds": time.perf_counter() - begin, "malloc_gb": peak_since(case["device"], before) / 1e9}
     if case["engine"] == "first_order":
         row["seconds"] = answer.seconds["inner"]
     return row | {f"seconds_{stage}": value for stage, value in answer.seconds.items()}
@@ -192,9 +181,9 @@ def memory(case: Row) -> Row:
     setup = build(case)
     method = METHODS[case["engine"]]
     method(warm(setup))
-    before = _reset_peak(case["device"])
+    before = reset_peak(case["device"])
     method(setup)
-    row: Row = {"peak_gb": _peak(case["device"], before) / 1e9}
+    row: Row = {"peak_gb": peak_since(case["device"], before) / 1e9}
     if case["engine"] in PREDICT:
         steps, init, how = setup.K, setup.init, PREDICT[case["engine"]]
         peak = predict(
@@ -258,40 +247,33 @@ def distance(got: list[Tensor], truth: list[Tensor]) -> float:
     return float(torch.as_tensor(gap / size).sqrt())
 
 
-def _reset_peak(device: str, fill: bool = True) -> float:
-    """Forget the peak so far; returns the bytes held now. `fill`: all that is mapped shall be resident before that."""
+def reset_peak(device: str) -> float:
+    """Forget the peak so far; returns the bytes held now: what PyTorch holds on a GPU, on a CPU what is resident."""
     gc.collect()
     if device != "cpu":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
     libc = ctypes.CDLL(None)
-    if fill and hasattr(libc, "mlockall"):
-        # Make what is mapped resident (MCL_CURRENT): pages of libraries that a busy machine has taken away meanwhile would
-        # come back during the case and count as its own. Without the right to lock, they do.
-        libc.mlockall(1)
-        libc.munlockall()
     if hasattr(libc, "malloc_trim"):
-        # after that, or the heap's free pages stay: give back what loading has freed, it would hide as much of the case's own
+        # give back what loading has freed, it would hide as much of the case's own
         libc.malloc_trim(0)
-    maps = Path("/proc/self/maps")
-    for line in maps.read_text().splitlines() if maps.exists() and hasattr(libc, "mlock") else ():
-        # files that are mapped stay resident: a library's page that goes or comes meanwhile would count as the case's
-        span, _, _, _, inode = line.split()[:5]
-        if inode != "0":
-            low, high = (int(x, 16) for x in span.split("-"))
-            libc.mlock(ctypes.c_void_p(low), ctypes.c_size_t(high - low))
     clear = Path("/proc/self/clear_refs")
     if clear.exists():
-        # 5: the high-water mark of resident memory starts again from here (Linux, proc(5)); getrusage reads it
+        # 5: the high-water mark of resident memory starts again from here (proc(5))
         clear.write_text("5")
-    status = Path("/proc/self/statm")
-    if not status.exists():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
-    return int(status.read_text().split()[1]) * float(resource.getpagesize())
+    return _resident("VmRSS")
 
 
-def _peak(device: str, before: float) -> float:
-    if device != "cpu":
-        return torch.cuda.max_memory_allocated() - before
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0 - before
+def peak_since(device: str, before: float) -> float:
+    """The most bytes held since reset_peak() gave `before`, over that."""
+    return (_resident("VmHWM") if device == "cpu" else torch.cuda.max_memory_allocated()) - before
+
+
+def _resident(field: str) -> float:
+    """Bytes by /proc/self/status; NaN where there is none. getrusage() will not do: a process starts with its parent's mark
+    there, and keeps it as a floor."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    found = [line.split()[1] for line in lines if line.startswith(field + ":")]
+    return float(found[0]) * 1024.0 if found else math.nan

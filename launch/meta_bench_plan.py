@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from meta_bench_gradients import _peak, _reset_peak
+from meta_bench_gradients import peak_since, reset_peak
 from meta_bench_methods import METHODS, Row, Setup, warm
 
 from mass import distributed, engine, lora, plan
@@ -98,14 +98,8 @@ def finish(rows: list[Row]) -> list[Row]:
     return rows
 
 
-def plot(rows: list[Row], file: Path) -> None:
+def plot(rows: list[Row], axes: Any) -> None:
     """Planned against measured, one point a case."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(5, 5))
     for part, words in PARTS.items():
         good = [r for r in rows if f"{part}_planned" in r]
         axes.loglog(
@@ -113,9 +107,6 @@ def plot(rows: list[Row], file: Path) -> None:
         )
     axes.set(xlabel="measured, GB", ylabel="planned, GB")
     axes.axline((0.1, 0.1), slope=1, color="grey", linewidth=0.7)
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(file)
 
 
 def measure(case: Row) -> Row:
@@ -172,14 +163,14 @@ def on_rank(case: Row) -> Row:
 def work(recipe: Recipe, world: World, how: str, tokens: int) -> Row:
     """Everything that the planner counts, with prompts of so many tokens."""
     r, i = recipe, recipe.inner
-    start = _reset_peak("cpu", fill=False)
+    start = reset_peak("cpu")
     shards = Shards(world.device) if r.zero.stage == 3 and world.size > 1 else None
     hf, tokenizer = load(r.model.path, dtype=r.model.dtype, device="cpu", cache=r.model.cache, shards=shards)
     shape = lora.LoraShape(r.lora.rank, r.lora.alpha, tuple(r.lora.targets))
     lm = LanguageModel(hf, tokenizer, lora.attach(hf, shape), shape, r.model.path, shards)
     parts = split(hf, lm.lora)
     lm.settle()
-    loaded = _reset_peak("cpu", fill=False)
+    loaded = reset_peak("cpu")
 
     groups = {"policy": lora.fresh(lm.lora, shape.rank, torch.Generator().manual_seed(0))}
     config = engine.settings(r.zero.stage, r.outer.clip_grad)
@@ -219,10 +210,10 @@ def work(recipe: Recipe, world: World, how: str, tokens: int) -> Row:
 def peak_of(lm: LanguageModel, run: Callable[[], Any]) -> tuple[float, float]:
     """Bytes held before, and the most over that meanwhile."""
     gc.collect()
-    before = _reset_peak("cpu", fill=False)
+    before = reset_peak("cpu")
     run()
     lm.settle()
-    return before, _peak("cpu", before)
+    return before, peak_since("cpu", before)
 
 
 if __name__ == "__main__":

@@ -37,14 +37,14 @@ def test_the_base_is_what_is_loaded(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_a_plan_is_measured_by_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`launch/meta_bench.py plan` on two ranks: what tensors take is as planned. Resident memory also counts the libraries'
-    pages that a busy machine takes away and brings back, so no upper bound of it is asked for here."""
+@pytest.mark.skipif(sys.platform != "linux", reason="resets the peak of resident memory through /proc")
+def test_a_plan_is_within_15_percent_of_what_two_ranks_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The base in parts, the optimizer and the peak of one engine; `launch/meta_bench.py plan` measures the others."""
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
     cases = {bench.name(case): case for case in bench.cases(argparse.Namespace(set=[]))}
     row = bench.measure(cases["tiny/ranks2/stage3/blockwise_kept"] | {"threads": 1, "check": True})
-    assert row["total_measured"] > 0.85 * row["total_planned"] > 0, row
-    assert row["gradient_measured"] > 0.85 * row["gradient_planned"] > 0, row
+    assert row["total_planned"] == pytest.approx(row["total_measured"], rel=0.15), row
+    assert row["gradient_planned"] == pytest.approx(row["gradient_measured"], rel=0.15), row
 
 
 def test_a_bad_plan_is_refused() -> None:
