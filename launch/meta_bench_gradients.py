@@ -1,8 +1,8 @@
 """Meta-gradients of K inner steps: time, memory and error of our engines and of the peers.
 
 All rows compute the same thing: dL/dw of the example weights (`--init`: also dL/dphi_0) through K SGD steps on N weighted
-examples, rank-8 LoRA on every linear layer of a random model of SmolLM2-135M's shape; losses are on the second half of
-each sequence's tokens, and L is that of one more sequence a task.
+examples, rank-8 LoRA on every linear layer of a random model of SmolLM2-135M's shape (or --shape's); losses are on the
+second half of each sequence's tokens, and L is that of one more sequence a task.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from meta_bench_methods import LORA, METHODS, SHAPE, Row, Setup, build, outer_only, unrolled, wait, warm
+from meta_bench_methods import LORA, METHODS, SHAPES, Row, Setup, build, outer_only, unrolled, wait, warm
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -76,8 +76,11 @@ NOTES = [
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--full", action="store_true", help="every K with every length and number of tasks")
+    parser.add_argument("--shape", choices=SHAPES, default="SmolLM2-135M", help="of the model [SmolLM2-135M]")
+    parser.add_argument("--layers", type=int, help="depth of the model [the shape's own]")
+    parser.add_argument("--dtype", default="fp32", help="of the grid's base: bf16 or fp32 [fp32]")
     parser.add_argument(
-        "--layers", type=int, default=SHAPE["num_hidden_layers"], help="depth of the model [30]"
+        "--examples", type=int, default=EXAMPLES, help=f"of a task of the grid (N) [{EXAMPLES}]"
     )
     parser.add_argument("--init", action="store_true", help="also the gradient of the initial adapter")
     parser.add_argument("--device", default="cpu", help="cpu or cuda [cpu]")
@@ -94,8 +97,9 @@ def cases(args: argparse.Namespace) -> list[Row]:
             *((2, s, 1) for s in every[1]),
             *((2, 128, t) for t in every[2]),
         ]
-    common = {"layers": args.layers, "device": args.device, "init": args.init}
-    plain = {"case": "grid", "examples": EXAMPLES, "dtype": "fp32"} | common
+    layers = args.layers or SHAPES[args.shape]["num_hidden_layers"]
+    common = {"shape": args.shape, "layers": layers, "device": args.device, "init": args.init}
+    plain = {"case": "grid", "examples": args.examples, "dtype": args.dtype} | common
     rows = [
         plain | {"engine": e, "K": k, "tokens": s, "tasks": t}
         for k, s, t in dict.fromkeys(grid)
@@ -149,7 +153,7 @@ def plot(rows: list[Row], axes: Any) -> None:
                     textcoords="offset points",
                 )
     axes.set(xscale="log", yscale="log", xlabel="peak memory over the weights, GB", ylabel="seconds")
-    axes.set_title(f"{EXAMPLES} x {spot[0]} tokens, {spot[1]} task(s)")
+    axes.set_title(f"{good[0]['examples'] if good else EXAMPLES} x {spot[0]} tokens, {spot[1]} task(s)")
 
 
 # ---- one case, in its own process

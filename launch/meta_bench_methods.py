@@ -21,15 +21,27 @@ from mass.optimizers import Rule
 
 Row = dict[str, Any]
 
-SHAPE = {
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "max_position_embeddings": 8192,
-    "tie_word_embeddings": True,
+SHAPES: dict[str, dict[str, Any]] = {
+    "SmolLM2-135M": {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    },
+    "Llama-3.1-8B": {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": False,
+    },
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 LORA = LoraShape(8, 16.0, ("all-linear",))
@@ -64,11 +76,12 @@ class Answer:
 
 
 def build(case: Row) -> Setup:
-    """The case's model and batch. The same numbers for every engine, dtype and device (seed 0)."""
+    """The case's model and batch. The same numbers for every engine and dtype (seed 0)."""
     dtype, device, T, N, S = (case[key] for key in ("dtype", "device", "tasks", "examples", "tokens"))
-    shape = SHAPE | {"num_hidden_layers": case["layers"]} | case.get("shape", {})
+    shape = SHAPES[case["shape"]] | {"num_hidden_layers": case["layers"]}
     torch.manual_seed(0)
-    hf = LlamaForCausalLM(LlamaConfig(**shape)).eval().requires_grad_(False)
+    with torch.device(device):
+        hf = LlamaForCausalLM(LlamaConfig(**shape)).eval().requires_grad_(False)
     for parameter in hf.parameters():
         parameter.data = parameter.data.to(device, DTYPES[dtype])
     hf.to(device)

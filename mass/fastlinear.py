@@ -92,6 +92,8 @@ class RowAdapters:
         self.dtype_a = self.dtype_b = torch.float32
         self.pairs: dict[str, _Pair] = {}
         self.table = RowTable([], 0, self.device)
+        # counts the changes of what the layers' forward works on
+        self.shape = 0
         # the last input, the stack of A that it met, and their product
         self.shared: tuple[Tensor, Tensor, Tensor] | None = None
 
@@ -110,10 +112,12 @@ class RowAdapters:
             self.used = used
             self._pair_up(self.groups or [[name] for name in self.names])
         self.table = RowTable([self.used.index(i) for i in index], len(self.used), self.device)
+        self.shape += 1
 
     def _pair_up(self, groups: Sequence[Sequence[str]]) -> None:
         every = self.used == list(range(len(next(iter(self.adapter.values())))))
         chosen = self.adapter if every else lora.select(self.adapter, self.used)
+        self.shape += 1
         for group in groups:
             one = chosen[f"{group[0]}.A"]
             stack_TKI = one if len(group) == 1 else torch.cat([chosen[f"{name}.A"] for name in group], 1)

@@ -17,10 +17,11 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
 from mass import lora
+from mass.decode import DecodeStep, How
 from mass.errors import MassError
 from mass.fastlinear import RowAdapters, packed_linears
 from mass.generate_hf import continue_prompts
-from mass.kvcache import RowCache, attention_over
+from mass.kvcache import RowCache
 from mass.sampling import Cuts, pick, row_uniforms
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ class _Row:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finished: bool = False
+    over: bool = False
+    """Ended, or at the limit."""
 
 
 def generate(
@@ -73,6 +76,7 @@ def generate(
     stop_strings: Sequence[str] = (),
     batch_rows: int = 128,
     engine: Engine = "ours",
+    step: How = "eager",
 ) -> list[Rollout]:
     """Continue every prompt (token ids) by at most `max_new_tokens`: one Rollout a prompt, in their order.
 
@@ -80,6 +84,7 @@ def generate(
     draws from `seeds[i]` alone. `adapter` holds T adapters; row i uses adapter_index[i], by default i //
     (rows / T). A row ends at a stop id, at a stop string in its decoded text, or at the limit. At most
     `batch_rows` rows run at a time. `engine`: this loop, or `mass.generate_hf`, whose rows share random numbers.
+    `step`: how this loop calls the model (see `mass.decode`); a recorded step keeps rows that have ended until they are half.
 
     The model is left as it was found, after an exception and Ctrl-C too. Raises MassError for wrong
     arguments.
@@ -105,8 +110,9 @@ def generate(
                 row.tokens, row.logprobs = tokens, logprobs
                 row.finished = stop.ends(row.tokens)
         else:
-            with packed_linears(lm.hf):
-                _decode(lm, rows, seeds, max_new_tokens, cuts, adapter, stop, batch_rows)
+            # packed weights are nothing that the compiler knows; it packs its own
+            with packed_linears(lm.hf) if step != "compile" else contextlib.nullcontext():
+                _decode(lm, rows, seeds, max_new_tokens, cuts, adapter, stop, batch_rows, step)
     return [Rollout(row.tokens, row.logprobs, row.finished, stop.text(row.tokens)) for row in rows]
 
 
@@ -154,13 +160,15 @@ def _decode(
     adapter: Mapping[str, Tensor] | None,
     stop: "_Stop",
     batch_rows: int,
+    how: How,
 ) -> None:
     """Fill the rows' tokens, log-probs and ends."""
     # the longest first; neighbours share a prompt and an adapter, or nearly a length
     waiting = sorted(rows, key=lambda row: (len(row.prompt), row.adapter, row.prompt))
     slots = min(batch_rows, len(rows))
-    cache = RowCache(_layer_count(lm.hf), slots, lm.device)
+    cache = RowCache(_layer_count(lm.hf), slots, lm.device, fixed=how != "eager")
     adapters = RowAdapters(lm.lora, adapter) if adapter else None
+    step = DecodeStep(lm, cache, adapters, how)
     live: list[_Row] = []
     uniform_BSU = row_uniforms([], max_new_tokens, cuts)
     while live or waiting:
@@ -174,36 +182,25 @@ def _decode(
             uniform_BSU = torch.cat([uniform_BSU, drawn])
             if adapters:
                 adapters.set_rows([row.adapter for row in live])
-        logits_BV = _step(lm, cache, live, adapters)
-        step_B = torch.tensor([len(row.tokens) for row in live])
+        logits_BV = step([row.tokens[-1] if row.tokens else row.prompt[-1] for row in live])
+        step_B = torch.tensor([min(len(row.tokens), max_new_tokens - 1) for row in live])
         uniform_BU = uniform_BSU[torch.arange(len(live)), step_B].to(logits_BV.device)
         tokens, logprobs = (tensor.tolist() for tensor in pick(logits_BV, uniform_BU, cuts))
         for row, token, logprob in zip(live, tokens, logprobs, strict=True):
-            row.tokens.append(token)
-            row.logprobs.append(logprob)
-            row.finished = stop.ends(row.tokens)
-        kept = [i for i, row in enumerate(live) if not row.finished and len(row.tokens) < max_new_tokens]
-        if len(kept) < len(live):
+            if not row.over:
+                row.tokens.append(token)
+                row.logprobs.append(logprob)
+                row.finished = stop.ends(row.tokens)
+                row.over = row.finished or len(row.tokens) == max_new_tokens
+        kept = [i for i, row in enumerate(live) if not row.over]
+        # a recorded step is made anew when rows leave: they wait for others
+        most = len(live) - 1 if step.how == "eager" else len(live) // 2
+        if len(kept) <= most:
             sources = cache.keep(kept)
             live = [live[i] for i in sources]
             uniform_BSU = uniform_BSU[sources]
             if adapters:
                 adapters.set_rows([row.adapter for row in live])
-
-
-def _step(lm: "LanguageModel", cache: RowCache, live: Sequence[_Row], adapters: RowAdapters | None) -> Tensor:
-    """One token of every row through the model; logits [B, V] for the next one."""
-    tokens = [row.tokens[-1] if row.tokens else row.prompt[-1] for row in live]
-    cache.reserve()
-    with attention_over(lm.hf, cache), adapters.applied() if adapters else contextlib.nullcontext():
-        out = lm.hf(
-            input_ids=torch.tensor(tokens, device=cache.device).unsqueeze(1),
-            position_ids=cache.positions().unsqueeze(1),
-            cache=cache,
-            use_cache=True,
-        )
-    cache.advance()
-    return out.logits[:, -1]
 
 
 def _admit(

@@ -48,11 +48,16 @@ class RowLayer(CacheLayerMixin):
         """Write column `end` of every row; the buffers of the rows in use, whole."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        rows, end = self.cache.rows, self.cache.end
-        self.keys[:rows, :, end : end + 1] = key_states
-        self.values[:rows, :, end : end + 1] = value_states
+        rows, end, column_1 = self.cache.rows, self.cache.end, self.cache.column_1
+        keys, values = self.keys[:rows], self.values[:rows]
+        if column_1 is None:
+            keys[:, :, end : end + 1] = key_states
+            values[:, :, end : end + 1] = value_states
+        else:
+            keys.index_copy_(2, column_1, key_states)
+            values.index_copy_(2, column_1, value_states)
         self.cache.current = self
-        return self.keys[:rows], self.values[:rows]
+        return keys, values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.cache.capacity, 0
@@ -68,10 +73,11 @@ class RowCache(Cache):
     """The rows being decoded, [0, rows). One step: `reserve()`, a forward of one token a row, `advance()`.
 
     For each row `lengths` holds the tokens of its prefix (0: it has none), `groups` whose prefix it reads,
-    `starts` its first column.
+    `starts` its first column. `shape` counts the changes of the tensors that a step works on. `fixed`: between two of them
+    the numbers of a step are in tensors that keep their place, so that a recorded step can be replayed.
     """
 
-    def __init__(self, layers: int, slots: int, device: torch.device | str) -> None:
+    def __init__(self, layers: int, slots: int, device: torch.device | str, fixed: bool = False) -> None:
         self.row_layers = [RowLayer(self) for _ in range(layers)]
         super().__init__(layers=list(self.row_layers))
         self.slots, self.device = slots, torch.device(device)
@@ -80,6 +86,9 @@ class RowCache(Cache):
         self.groups: list[int] = []
         self.starts: list[int] = []
         self.current: RowLayer | None = None
+        self.shape, self._shape_before = 0, -1
+        # where a fixed cache writes: `end` as int64 [1]
+        self.column_1 = torch.zeros(1, dtype=torch.long, device=self.device) if fixed else None
         self._bias: dict[int | None, Tensor] = {}
         self._table: RowTable | None = None
 
@@ -89,11 +98,15 @@ class RowCache(Cache):
 
     def reserve(self) -> None:
         """Make room for the next column; columns that no row uses any more are given up first."""
-        self._bias = {}
-        if self.end < self.capacity:
-            return
-        begin = min(self.starts)
-        self._move(begin, 0)
+        if self.end >= self.capacity:
+            self._move(min(self.starts), 0)
+        if self.column_1 is None or self.shape != self._shape_before:
+            self._bias, self._shape_before = {}, self.shape
+        else:
+            for window, bias in self._bias.items():
+                bias.copy_(self._make_bias(window))
+        if self.column_1 is not None:
+            self.column_1.fill_(self.end)
 
     def _move(self, begin: int, to: int) -> None:
         """Columns from `begin` on are now `to` and following, in buffers with room for one more."""
@@ -107,6 +120,7 @@ class RowCache(Cache):
                 layer.values[: self.rows, :, to : to + count] = values[: self.rows, :, begin : self.end]
         self.starts = [start - begin + to for start in self.starts]
         self.end = to + count
+        self.shape += 1
 
     def advance(self) -> None:
         """The forward has written column `end` of every row."""
@@ -132,6 +146,7 @@ class RowCache(Cache):
         else:
             self._add_columns(first, prompts, source, lengths)
         self._table = None
+        self.shape += 1
 
     def _add_prefixes(self, prompts: list[tuple[Tensor, Tensor]]) -> None:
         added, _, tokens, _ = prompts[0][0].shape
@@ -185,6 +200,7 @@ class RowCache(Cache):
         self.groups = [self.groups[row] for row in sources]
         self.rows = len(sources)
         self._table = None
+        self.shape += 1
         used = sorted({group for group, length in zip(self.groups, self.lengths, strict=True) if length})
         if self.group_count and 2 * len(used) <= self.group_count:
             self._keep_groups(used)
@@ -216,18 +232,21 @@ class RowCache(Cache):
     def bias(self, window: int | None) -> Tensor:
         """0 where a row's next token may look, else -inf: fp32 [rows, 1, 1, prefix tokens + columns]."""
         if window not in self._bias:
-            length_B1, start_B1 = self._ints(self.lengths).unsqueeze(1), self._ints(self.starts).unsqueeze(1)
-            token_P = torch.arange(self.prefix_tokens, device=self.device)
-            column_C = torch.arange(self.capacity, device=self.device)
-            seen_BP = token_P < length_B1
-            seen_BC = (column_C >= start_B1) & (column_C <= self.end)
-            if window is not None:
-                oldest_B1 = length_B1 + self.end - start_B1 - window + 1
-                seen_BP &= token_P >= oldest_B1
-                seen_BC &= column_C - start_B1 + length_B1 >= oldest_B1
-            seen = torch.cat([seen_BP, seen_BC], 1)[:, None, None]
-            self._bias[window] = torch.zeros(seen.shape, device=self.device).masked_fill_(~seen, -torch.inf)
+            self._bias[window] = self._make_bias(window)
         return self._bias[window]
+
+    def _make_bias(self, window: int | None) -> Tensor:
+        length_B1, start_B1 = self._ints(self.lengths).unsqueeze(1), self._ints(self.starts).unsqueeze(1)
+        token_P = torch.arange(self.prefix_tokens, device=self.device)
+        column_C = torch.arange(self.capacity, device=self.device)
+        seen_BP = token_P < length_B1
+        seen_BC = (column_C >= start_B1) & (column_C <= self.end)
+        if window is not None:
+            oldest_B1 = length_B1 + self.end - start_B1 - window + 1
+            seen_BP &= token_P >= oldest_B1
+            seen_BC &= column_C - start_B1 + length_B1 >= oldest_B1
+        seen = torch.cat([seen_BP, seen_BC], 1)[:, None, None]
+        return torch.zeros(seen.shape, device=self.device).masked_fill_(~seen, -torch.inf)
 
     def _ints(self, numbers: Any) -> Tensor:
         return torch.tensor(list(numbers), dtype=torch.long, device=self.device)

@@ -11,6 +11,7 @@ from torch import Tensor
 from mass import inner, scorer
 from mass.batch import Packed, Sequence, pack
 from mass.blocks import Split, attends_fully
+from mass.decode import How
 from mass.forward import example_loss, loss_and_grad, token_logprobs
 from mass.generate import Engine, Rollout, generate
 from mass.inner import Gradient, Trajectory
@@ -31,6 +32,7 @@ class Sampling:
     min_p: float = 0.0
     batch_rows: int = 128
     engine: Engine = "ours"
+    step: How = "eager"
 
 
 @dataclass(frozen=True)
@@ -274,6 +276,7 @@ def _draw(
         stop_strings=prompts.stop_strings,
         batch_rows=sampling.batch_rows,
         engine=sampling.engine,
+        step=sampling.step,
     )
     out: list[list[Rollout]] = [[] for _ in asked]
     for (t, _), rollout in zip(rows, flat, strict=True):

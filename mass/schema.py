@@ -119,6 +119,9 @@ class Generate:
     engine: Literal["ours", "hf"] = _key(
         "ours", "decode loop: mass's own, or generate of transformers (slow, for comparison)"
     )
+    step: Literal["eager", "cuda_graph", "compile"] = _key(
+        "eager", "decode step: as it is, recorded as a CUDA graph, or compiled (minutes at the first text)"
+    )
 
 
 @dataclass(frozen=True)

@@ -80,13 +80,15 @@ def draw_shots(setting: Setting, tasks: Seq[Task]) -> list[Shots]:
 def example_sampling(recipe: Recipe) -> Sampling:
     """How practice examples are drawn."""
     g = recipe.generate
-    return Sampling(g.max_new_tokens, g.temperature, g.top_p, g.top_k, g.min_p, g.batch_rows, g.engine)
+    return Sampling(
+        g.max_new_tokens, g.temperature, g.top_p, g.top_k, g.min_p, g.batch_rows, g.engine, g.step
+    )
 
 
 def answer_sampling(recipe: Recipe, temperature: float = 0.0) -> Sampling:
     """How answers are drawn: greedily, or at a temperature."""
     g = recipe.generate
-    return Sampling(g.answer_tokens, temperature, batch_rows=g.batch_rows, engine=g.engine)
+    return Sampling(g.answer_tokens, temperature, batch_rows=g.batch_rows, engine=g.engine, step=g.step)
 
 
 def kit(setting: Setting, policy: Adapter, eta: Mapping[str, Tensor], log_lr: Mapping[str, Tensor]) -> Kit:

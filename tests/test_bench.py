@@ -27,6 +27,7 @@ NARROW = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
+methods.SHAPES["narrow"] = methods.SHAPES["SmolLM2-135M"] | NARROW
 
 
 def case(**changes: Any) -> dict[str, Any]:
@@ -39,7 +40,7 @@ def case(**changes: Any) -> dict[str, Any]:
         "tasks": 2,
         "layers": 2,
     }
-    common |= {"device": "cpu", "dtype": "fp64", "init": True, "threads": 1, "shape": NARROW}
+    common |= {"device": "cpu", "dtype": "fp64", "init": True, "threads": 1, "shape": "narrow"}
     return common | changes
 
 
@@ -141,7 +142,9 @@ def test_what_was_measured_before_ctrl_c_is_kept(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_case_that_dies_says_why() -> None:
-    row = meta_bench.isolated("gradients", case(engine="no_such_engine", check=False))
+    row = meta_bench.isolated(
+        "gradients", case(engine="no_such_engine", check=False, shape="SmolLM2-135M", layers=1)
+    )
     assert "no_such_engine" in row["error"]
 
 

@@ -50,7 +50,7 @@ def test_an_engine_makes_the_tokens_that_it_counts(engine: str, adapters: int, m
 def test_ours_runs_with_one_adapter_a_row_and_every_layer_is_in_the_floor(monkeypatch: Any) -> None:
     seen: dict[str, Any] = {}
     monkeypatch.setattr(bench, "generate", lambda lm, rows, **how: seen.update(how, rows=rows) or [])
-    bench.ours(CASE | {"adapters": 6})(5)
+    bench.ours(CASE | {"engine": "ours", "adapters": 6})(5)
     sizes = {tensor.shape[0] for tensor in seen["adapter"].values()}
     assert sizes == {6} and seen["top_p"] == 0.9 and seen["batch_rows"] == 6 == len(seen["rows"])
     assert [row == seen["rows"][0] for row in seen["rows"]] == [True] * 3 + [False] * 3

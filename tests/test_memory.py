@@ -75,7 +75,15 @@ CASES = [
 @pytest.mark.skipif(sys.platform != "linux", reason="resets the peak of resident memory through /proc")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["engine"])
 def test_prediction_is_within_15_percent_of_the_peak(case: dict[str, Any]) -> None:
-    common = {"case": "grid", "examples": 4, "tasks": 1, "dtype": "fp32", "device": "cpu", "init": False}
+    common = {
+        "case": "grid",
+        "shape": "SmolLM2-135M",
+        "examples": 4,
+        "tasks": 1,
+        "dtype": "fp32",
+        "device": "cpu",
+        "init": False,
+    }
     code = (
         "import json, sys, torch; sys.path.insert(0, sys.argv[1]); torch.set_num_threads(1);"
         "import meta_bench_gradients as g; print(json.dumps(g.memory(json.loads(sys.argv[2]))))"
