@@ -39,7 +39,7 @@ def step_metrics(
         "meta/gain": (before.loss_T - after.loss_T).mean().item(),
         "meta/exploded": (tuned.exploded_T & has_T).float().mean().item(),
         "inner/loss_first": _mean(tuned.before_T[has_T]),
-        "inner/loss_last": _mean(tuned.after_T[has_T]),
+        "inner/loss_last": math.nan if tuned.after_T is None else _mean(tuned.after_T[has_T]),
         "inner/clipped": tuned.trajectory.clipped_T.float().mean().item(),
         "inner/padding": practice.packed.padding,
         "scorer/effective_examples": _mean(scorer.effective_examples(weight_TN)[has_T]),

@@ -170,13 +170,14 @@ def features(
 
 @dataclass(frozen=True)
 class Tuned:
-    """T adapters after K steps, the weighted inner loss of each task before and after, [T], and each example's, [T, N]."""
+    """T adapters after K steps, the weighted inner loss of each task before and after, [T], and each example's, [T, N]; what
+    comes after is None where it was not asked for."""
 
     trajectory: Trajectory
     before_T: Tensor
-    after_T: Tensor
+    after_T: Tensor | None
     exploded_T: Tensor
-    last_TN: Tensor
+    last_TN: Tensor | None
 
 
 def fine_tune(
@@ -188,7 +189,7 @@ def fine_tune(
     rule: Rule,
     lr: Mapping[str, Tensor],
     steps: int,
-    max_growth: float,
+    max_growth: float | None,
     parts: Split | None = None,
     last: Gradient | None = None,
     count: int = 0,
@@ -197,7 +198,8 @@ def fine_tune(
 ) -> Tuned:
     """K weighted fine-tuning steps of T adapters on their examples. `parts`: recompute activations block by block.
 
-    `last`, `count`: as in `inner.adapt`. Test time alone: `pull` is added to the gradient at an adapter, `settle` follows
+    max_growth: see `inner.exploded`; None spares the forward pass that tells, and a task has exploded where its adapter is
+    not finite. `last`, `count`: as in `inner.adapt`. Test time alone: `pull` is added to the gradient at an adapter, `settle` follows
     each step (`inner.adapt`).
     """
     n = weight_TN.shape[1]
@@ -220,9 +222,12 @@ def fine_tune(
         return example_loss(packed, logprob_M), grad
 
     trajectory = inner.adapt(gradient, start, rule, lr, steps, last=last, count=count, settle=settle)
+    before_T = (weight_TN * trajectory.steps[0].loss_TN).sum(1) / n
+    if max_growth is None:
+        finite = [x.flatten(1).isfinite().all(1) for x in trajectory.adapter.values()]
+        return Tuned(trajectory, before_T, None, ~torch.stack(finite).all(0), None)
     with torch.no_grad():
         last_TN = example_loss(packed, token_logprobs(lm.hf, lm.lora, packed, trajectory.adapter))
-    before_T = (weight_TN * trajectory.steps[0].loss_TN).sum(1) / n
     after_T = (weight_TN * last_TN).sum(1) / n
     exploded_T = inner.exploded(before_T, after_T, max_growth)
     return Tuned(trajectory, before_T, after_T, exploded_T, last_TN)

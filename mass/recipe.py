@@ -186,6 +186,9 @@ def _contradictions(r: Recipe) -> Iterator[tuple[str, str]]:
     if train and all(x.startswith("gym:") for x in train) and pool >= r.problems.size:
         text = f"prompt.pool={pool} sets aside all of problems.size={r.problems.size} training problems"
         yield "prompt.pool problems.size problems.train", f"{text}. Raise problems.size or lower prompt.pool."
+    if r.guard.heldout and r.inner.max_growth is None:
+        text = f"guard.heldout={r.guard.heldout:g} picks a step by losses that inner.max_growth=null does not look at"
+        yield "guard.heldout inner.max_growth", f"{text}. Leave inner.max_growth out."
     if pool < 2 * shots:
         text = (
             f"prompt.generate_shots={shots} shows two problems each, more than prompt.pool={pool} sets aside"

@@ -144,7 +144,11 @@ class Inner:
     eps: float = _key(1e-8, "of adam, added to the square root", ge=0)
     eps_root: float = _key(0.0, "of adam, added under the square root: tames its derivative", ge=0)
     clip: float | None = _key(1.0, "largest norm of a task's inner gradient; null = off", gt=0)
-    max_growth: float = _key(2.0, "a task whose inner loss grows by this factor gives no credit", gt=1)
+    max_growth: float | None = _key(
+        2.0,
+        "drop a task whose inner loss grows by this factor; null = do not look, a forward pass less",
+        gt=1,
+    )
     learned_lr: Literal["no", "one", "layer"] = _key("no", "learn lr too: one rate, or one for each layer")
     checkpoint: bool = _key(
         True, "recompute first-order gradients block by block: less memory, about a third more time"

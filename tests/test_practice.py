@@ -223,6 +223,31 @@ def test_fine_tuning_many_tasks_equals_torch_optim_on_each(kind: str, recompute:
     assert harsh.exploded_T.tolist() == (harsh.after_T > 1.001 * harsh.before_T).tolist()
 
 
+def test_without_the_check_of_growth_a_forward_pass_is_spared(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = tiny_lm("llama", torch.float32)
+    packed = pack([[Sequence([5, 6, 7, 8], 2)], [Sequence([9, 8, 7, 6], 2)]], 0)
+    start = policy_of(lm, 2)
+    start["model.layers.0.mlp.up_proj.B"][1] = torch.inf
+    passes = []
+    lm.hf.base_model.register_forward_hook(lambda *_: passes.append(1))
+
+    def tune(max_growth: float | None) -> practice.Tuned:
+        passes.clear()
+        lr = {key: torch.tensor(0.3) for key in start}
+        return fine_tune(
+            lm, packed, torch.ones(2, 1), start, rule=Rule(), lr=lr, steps=2, max_growth=max_growth
+        )
+
+    checked = tune(2.0)
+    assert len(passes) == 3
+    free = tune(None)
+    assert len(passes) == 2 and free.after_T is None
+    assert all(
+        torch.equal(x[0], checked.trajectory.adapter[key][0]) for key, x in free.trajectory.adapter.items()
+    )
+    assert free.exploded_T.tolist() == checked.exploded_T.tolist() == [False, True]
+
+
 def test_fine_tuning_on_nothing_moves_nothing() -> None:
     lm = tiny_lm("llama", torch.float32)
     start = policy_of(lm, 2)

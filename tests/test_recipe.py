@@ -236,6 +236,13 @@ def test_a_contradiction_is_refused(write, overrides, part):
     assert line.endswith(".")
 
 
+def test_a_step_cannot_be_picked_by_losses_that_nobody_looks_at(write):
+    with pytest.raises(MassError, match="inner.max_growth=null does not look at") as refused:
+        load(write(NEEDED), ["guard.heldout=0.5", "inner.max_growth=null"], training=False)
+    assert "guard.heldout=0.5" in str(refused.value)
+    load(write(NEEDED), ["guard.heldout=0.5"], training=False)
+
+
 @pytest.mark.parametrize(
     "overrides",
     [

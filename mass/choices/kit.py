@@ -52,7 +52,7 @@ class Kit:
     answering: Sampling
     examples: int = 6
     steps: int = 2
-    max_growth: float = 2.0
+    max_growth: float | None = 2.0
     policy: Adapter | None = None
     head: scorer.Scorer | None = None
     eta: Mapping[str, Tensor] | None = None

@@ -67,12 +67,14 @@ def _fine_tuned(kit: Kit, problems: Seq[Problem], packed: Packed, weight_TN: Ten
         settle=guards.restoring(kit, problems, start) if guard.restore else None,
     )
     steps = tuned.trajectory.steps
-    loss_KTN = [*(step.loss_TN for step in steps), tuned.last_TN]
+    loss_KTN = [step.loss_TN for step in steps]
+    if tuned.last_TN is not None:
+        loss_KTN.append(tuned.last_TN)
     losses_KT = [((weight_TN * loss_TN).sum(1) / N) for loss_TN in loss_KTN]
     states = [*(step.adapter for step in steps), tuned.trajectory.adapter]
     taken = [len(steps)] * len(problems)
     adapter, ok_T = tuned.trajectory.adapter, ~tuned.exploded_T
-    if guard.heldout:
+    if guard.heldout and kit.max_growth is not None:
         counts_T = held_TN.sum(1)
         held_KT = [(loss_TN * held_TN).sum(1) / counts_T.clamp(min=1) for loss_TN in loss_KTN]
         best = guards.best_steps([x.tolist() for x in held_KT])
@@ -85,14 +87,11 @@ def _fine_tuned(kit: Kit, problems: Seq[Problem], packed: Packed, weight_TN: Ten
             for k, count in zip(taken, counts_T.tolist(), strict=True)
         ]
         notes = ["; ".join(filter(None, both)) for both in zip(notes, told, strict=True)]
-    losses = [[float(losses_KT[k][t]) for k in range(taken[t] + 1)] for t in range(len(problems))]
+    losses = [[float(loss_T[t]) for loss_T in losses_KT[: taken[t] + 1]] for t in range(len(problems))]
     trained_T = (weight_TN != 0).any(1)
     losses = [own if trained_T[t] else [] for t, own in enumerate(losses)]
     ok = [bool(x) for x in ok_T]
-    notes = [
-        note if ok[t] or not losses[t] else _dropped(losses[t][0], losses[t][-1])
-        for t, note in enumerate(notes)
-    ]
+    notes = [note if ok[t] or not losses[t] else _dropped(losses[t]) for t, note in enumerate(notes)]
     ok = [x and bool(trained_T[t]) and taken[t] > 0 for t, x in enumerate(ok)]
     return Updated(adapter, losses, ok, notes, len(steps))
 
@@ -161,10 +160,7 @@ def policy_gradient(kit: Kit, problems: Seq[Problem], practice: Practice, weight
     finite_T = torch.stack(seen).isfinite().all(0)
     learns_T = (weight_TN != 0).any(1)
     losses = [[float(x[t]) for x in seen] if learns_T[t] else [] for t in range(len(problems))]
-    notes = [
-        "" if finite_T[t] or not losses[t] else _dropped(losses[t][0], losses[t][-1])
-        for t in range(len(problems))
-    ]
+    notes = ["" if finite_T[t] or not losses[t] else _dropped(losses[t]) for t in range(len(problems))]
     ok = [bool(x) for x in finite_T & learns_T]
     return Updated(trajectory.adapter, losses, ok, notes, kit.steps)
 
@@ -192,5 +188,7 @@ def band(packed: Packed, entropy_M: Tensor) -> tuple[Tensor, Tensor]:
     return low_M, high_M
 
 
-def _dropped(before: float, after: float) -> str:
-    return f"the inner loss went from {before:.3g} to {after:.3g}: the update was dropped"
+def _dropped(losses: Seq[float]) -> str:
+    if len(losses) == 1:
+        return "the adapter is not finite: the update was dropped"
+    return f"the inner loss went from {losses[0]:.3g} to {losses[-1]:.3g}: the update was dropped"
