@@ -206,7 +206,7 @@ def _row(context: str) -> dict[str, Any]:
     if not context.startswith(TURNS):
         return {"problem": context}
     (turns,) = json.loads(context).values()
-    above = [turn["content"] for turn in turns if turn["role"] == "system"]
+    above = [turn["content"].strip() for turn in turns if turn["role"] == "system"]
     said = [turn for turn in turns if turn["role"] != "system"]
     if [turn["role"] for turn in said] != ["user", "assistant"] * (len(said) // 2) + ["user"]:
         raise MassError(

@@ -25,6 +25,7 @@ from mass.problems import as_problems, load_tasks
 
 COUNT = 8
 BATCH = 4
+METHODS = ("none", "vote", "mass")
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +34,23 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def problems(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Problems of the run's world that it has not trained on, as a file."""
+def problems(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Problems that the run has not trained on, as a file. Three of four references are what one of three methods says, so
+    that each method has another part of them right."""
     path = tmp_path_factory.mktemp("problems") / "held.jsonl"
     tasks = load_tasks("world:families", split="heldout", size=COUNT, seed=3)
-    path.write_text(
-        "".join(json.dumps({"problem": x.problem.text, "answer": x.answer}) + "\n" for x in tasks)
-    )
+    kit = build_kit(plan(str(run), None))
+    answers = [task.answer for task in tasks]
+    for first, method in enumerate(METHODS):
+        records = list(adapt_problems(kit, [task.problem for task in tasks], method, BATCH, baselines=False))
+        said = {record.problem: record.answer for record in records}
+        for i in range(first, COUNT, 4):
+            answers[i] = said[tasks[i].problem.text] or answers[i]
+    lines = [
+        json.dumps({"problem": task.problem.text, "answer": x})
+        for task, x in zip(tasks, answers, strict=True)
+    ]
+    path.write_text("\n".join(lines))
     return path
 
 
@@ -86,7 +97,7 @@ def local(tmp_path_factory: pytest.TempPathFactory, problems: Path) -> Path:
 def ours(run: Path, problems: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """mass-eval on the same problems."""
     out = tmp_path_factory.mktemp("ours") / "out"
-    argv = ["--run", str(run), "--methods", "none,vote,mass", "--problems", str(problems)]
+    argv = ["--run", str(run), "--methods", ",".join(METHODS), "--problems", str(problems)]
     assert evaluate.main([*argv, "--batch", str(BATCH), "--out", str(out)]) == 0
     return out
 
@@ -101,7 +112,7 @@ def request(context: str, **given: Any) -> Instance:
     return Instance("generate_until", {"answer": "CANARY"}, (context, given), 0, ("t", 0, 1))
 
 
-@pytest.mark.parametrize("method", ["none", "vote", "mass"])
+@pytest.mark.parametrize("method", METHODS)
 def test_a_local_task_has_the_answers_and_the_accuracy_of_mass_eval(
     run: Path, local: Path, ours: Path, method: str
 ) -> None:
@@ -111,7 +122,7 @@ def test_a_local_task_has_the_answers_and_the_accuracy_of_mass_eval(
     samples = sorted(found["samples"]["held"], key=lambda x: x["doc_id"])
     assert [x["resps"] for x in samples] == [[[row["solution"]]] for row in own]
     arm = next(x for x in json.loads((ours / "results.json").read_text())["arms"] if x["arm"] == method)
-    assert found["results"]["held"]["exact_match,stated"] == arm["accuracy"]
+    assert 0 < found["results"]["held"]["exact_match,stated"] == arm["accuracy"] < 1
     assert [x["exact_match"] for x in samples] == [row["score"] for row in own]
     about = found["config"]["mass"]
     assert (about["method"], about["documents"], about["failed"]) == (method, COUNT, 0)
@@ -219,7 +230,7 @@ def test_few_shots_of_a_task_reach_the_method_as_demonstrations(
     task = yaml.safe_load((local / "held.yaml").read_text())
     rows = [json.loads(line) for line in problems.read_text().splitlines()]
     shots = {"sampler": "first_n", "samples": [{"problem": "P", "answer": "A"}]}
-    task |= {"num_fewshot": 1, "fewshot_config": shots, "description": "Say it."}
+    task |= {"num_fewshot": 1, "fewshot_config": shots, "description": "Say it.\n\n"}
     (tmp_path / "held.yaml").write_text(yaml.safe_dump(task))
     evaluated(lm, tmp_path, apply_chat_template=True, fewshot_as_multiturn=True)
     assert [x.text for x, _ in given] == [f"Say it.\n\n{row['problem']}" for row in rows]
