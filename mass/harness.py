@@ -33,9 +33,11 @@ try:
     from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
     from tqdm import tqdm
 except ModuleNotFoundError as error:
-    raise MassError(
-        f"mass.harness needs {error.name}, which is not installed: pip install 'mass[eval]'"
-    ) from None
+    missing = f"mass.harness needs lm-eval ({error.name} is not installed): pip install 'mass[eval]'"
+    if __name__ == "__main__":
+        print(missing, file=sys.stderr)
+        sys.exit(2)
+    raise MassError(missing) from None
 
 _log = logging.getLogger(__name__)
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -71,7 +73,7 @@ def local(tmp_path_factory: pytest.TempPathFactory, problems: Path) -> Path:
             {
                 "name": "stated",
                 "filter": [
-                    {"function": "regex", "regex_pattern": "Answer: (.*)"},
+                    {"function": "regex", "regex_pattern": "Answer: (.*)", "group_select": -1},
                     {"function": "take_first"},
                 ],
             }
@@ -281,6 +283,19 @@ def test_bad_arguments_are_a_sentence_before_any_model_is_loaded(
             MassLM(**arguments)
     monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: MassLM())
     assert harness.main() == 2 and "mass.harness: name what is to adapt" in capsys.readouterr().err
+
+
+def test_without_lm_eval_it_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval.api.instance", None)
+    sentence = "mass.harness needs lm-eval .* pip install 'mass\\[eval\\]'"
+    with pytest.raises(MassError, match=sentence):
+        runpy.run_path(harness.__file__, run_name="other")
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(harness.__file__, run_name="__main__")
+    said = capsys.readouterr().err
+    assert re.fullmatch(sentence, said.strip())
 
 
 def test_a_budget_and_limits_of_a_task(run: Path) -> None:
