@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -325,3 +326,10 @@ def test_a_cache_of_the_harness_keeps_each_answer(
     again = evaluated(lm, local, use_cache=str(tmp_path / "cache"))
     assert len(given) == COUNT
     assert [x["resps"] for x in first["samples"]["held"]] == [x["resps"] for x in again["samples"]["held"]]
+    # also what was answered before an evaluation was stopped
+    kept: list[Any] = []
+    lm.set_cache_hook(SimpleNamespace(add_partial=lambda *found: kept.append(found)))
+    requests = [request("a"), request("b", until=["Answer"]), request("a")]
+    texts = lm.generate_until(requests)
+    wanted = [("generate_until", x.args, text) for x, text in zip(requests, texts, strict=True)]
+    assert len(kept) == 3 and all(one in kept for one in wanted)
