@@ -24,7 +24,7 @@ from rich.console import Console
 
 from mass import arms, compare, filerun, results, tally
 from mass.arms import Arm
-from mass.choices import self_made, teacher_made
+from mass.choices import best, majority, self_made, teacher_made
 from mass.errors import MassError
 from mass.filerun import as_line, as_row, group, key_of, run_batches
 from mass.kit import Plan, build_kit, lent, plan
@@ -286,6 +286,7 @@ def _verified(arm: Arm, task: Task, record: Record, verifier: Verifier, weights:
         # a forward pass takes two operations a weight and token, a backward pass four
         "flops": weights * (2 * record.tokens.generated + 6 * record.tokens.trained),
         "truth": _truth(arm, task, record),
+        "tries": _tries(arm, task, record, verifier),
     }
 
 
@@ -295,6 +296,17 @@ def _truth(arm: Arm, task: Task, record: Record) -> list[Any]:
     row = METHODS.get(arm.method)
     judged = row is not None and row.examples in (self_made, teacher_made)
     return [truth(task, e.problem, e.solution) if judged and e.valid else None for e in record.examples]
+
+
+def _tries(arm: Arm, task: Task, record: Record, verifier: Verifier) -> list[float | None]:
+    """The score of each own answer where the arm's answer is one of them (else none), None without a verdict."""
+    row = METHODS.get(arm.method)
+    if row is None or row.answer not in (majority, best):
+        return []
+    texts = [e.solution for e in record.examples]
+    # tries are often alike, and some verifiers are slow
+    score = {text: verifier.verify(text, task).score for text in dict.fromkeys(texts)}
+    return [score[text] if math.isfinite(score[text]) else None for text in texts]
 
 
 def _key(settings: str, task: Task) -> str:

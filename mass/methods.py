@@ -46,6 +46,7 @@ from mass.choices import (
     self_made,
     shortest,
     shots_for,
+    shuffled,
     small_margin,
     teacher_made,
     training_problems,
@@ -111,11 +112,13 @@ METHODS: dict[str, Method] = {
     "ttrl": Method(own_samples, agreement, policy_gradient, None, greedy),
     # MASS: Kaya and Rui, arXiv 2603.03524
     "mass": Method(self_made, scored, fine_tuned, None, greedy),
+    # the control "random weights" of MASS
+    "shuffled": Method(self_made, shuffled, fine_tuned, None, greedy),
 }
 
 
 # the weights that a trained scorer gives
-SCORED = (scored, best_scored)
+SCORED = (scored, shuffled, best_scored)
 # chosen for each problem among some of the rows, by what `mass-adapt fit` has learned
 AUTO = "auto"
 

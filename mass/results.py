@@ -24,6 +24,8 @@ NOTES = (
     "that failed, count as not right. Intervals: 95 % percentile bootstrap over problems (9999 resamples).",
     "vs: difference in accuracy on the same problems, its paired bootstrap interval, and p of McNemar's exact two-sided test "
     "after Holm's correction over all comparisons of the table.",
+    "pass@n: share of the problems of which at least one of the arm's own n tries is right: as far as a perfect choice among "
+    "them would reach. It is no method, and in no comparison.",
     "Tokens: generated plus trained (a trained token counts once for each inner step). FLOPs: 2 x weights for each generated "
     "token, 6 x weights for each trained one; prompts that are only read, and the scorer's reading, are not in it.",
     "Seconds: wall time of a batch over its problems, without loading the model and without verifying; problems a minute is its "
@@ -88,10 +90,12 @@ def _main(results: Mapping[str, Any]) -> Cells:
     arms = results["arms"]
     against = {(x["arm"], x["against"]): x for x in results["comparisons"]}
     rivals = [rival for rival in RIVALS if any(x["against"] == rival for x in results["comparisons"])]
+    tries = any(arm["tries"] for arm in arms)
     heads = [
         "arm",
         "accuracy",
         *(f"vs {rival}" for rival in rivals),
+        *(["pass@n"] if tries else []),
         "tokens",
         "seconds",
         "FLOPs",
@@ -103,6 +107,7 @@ def _main(results: Mapping[str, Any]) -> Cells:
     for arm in arms:
         cells = [arm["arm"], f"{arm['accuracy']:.3f}{_between(arm['interval'])}"]
         cells += [_compared(against.get((arm["arm"], rival))) for rival in rivals]
+        cells += [_passed(arm["tries"])] if tries else []
         minute = "-" if arm["per_minute"] is None else f"{arm['per_minute']:.1f}"
         cells += [f"{arm['tokens']:.0f}", f"{arm['seconds']:.3f}", f"{arm['flops']:.2e}", minute]
         cells += [str(arm["errors"] + arm["unverified"])] if failed else []
@@ -143,6 +148,13 @@ def _compared(x: Mapping[str, Any] | None) -> str:
         return "-"
     p = "p < 0.0001" if x["p_holm"] < 1e-4 else f"p = {x['p_holm']:.4f}"
     return f"{x['difference']:+.3f} {p}{_between(x['interval'], '+')}"
+
+
+def _passed(tries: Mapping[str, Any] | None) -> str:
+    if tries is None:
+        return "-"
+    least, most = tries["least"], tries["most"]
+    return f"{tries['any']:.3f}\nn = {least}" + (f" to {most}" if most > least else "")
 
 
 def _about(results: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 Takes the files of answers alone, so that a table can be made again without any model.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -50,6 +51,7 @@ def results(files: Mapping[str, Iterable[Mapping[str, Any]]], trained: Sequence[
 def _arm(name: str, rows: Iterable[Mapping[str, Any]]) -> tuple[dict[str, Any], np.ndarray, list[str]]:
     right: list[bool] = []
     sources: list[str] = []
+    tries: list[tuple[int, int]] = []
     count: Counter[str] = Counter()
     total = dict.fromkeys(("generated", "trained", "flops", *SECONDS), 0.0)
     scores = 0.0
@@ -59,6 +61,9 @@ def _arm(name: str, rows: Iterable[Mapping[str, Any]]) -> tuple[dict[str, Any], 
     for row in rows:
         right.append(row["score"] == 1.0)
         sources.append(row["source"])
+        # answers of an earlier version have none
+        scores_of = row.get("tries", [])
+        tries.append((len(scores_of), sum(score == 1.0 for score in scores_of)))
         count["errors"] += row["error"] is not None
         count["no_answer"] += row["error"] is None and row["answer"] is None
         count["unverified"] += row["score"] is None
@@ -97,6 +102,7 @@ def _arm(name: str, rows: Iterable[Mapping[str, Any]]) -> tuple[dict[str, Any], 
         "accuracy": float(right_P.mean()),
         "interval": compare.interval(right_P),
         "score": scores / P,
+        "tries": _tries(tries),
         **{key: count[key] for key in ("errors", "no_answer", "unverified", "examples", "valid", "copies")},
         "tokens": (total["generated"] + total["trained"]) / P,
         "generated": total["generated"] / P,
@@ -116,6 +122,27 @@ def _arm(name: str, rows: Iterable[Mapping[str, Any]]) -> tuple[dict[str, Any], 
         else None,
     }
     return arm, right_P, sources
+
+
+def _tries(of: Sequence[tuple[int, int]]) -> dict[str, Any] | None:
+    """pass@n of (tries, right ones) of each problem; None without any. A problem that failed has no try, and none right.
+
+    `any`: the share of problems with a right try among all of theirs; `at[k - 1]`: pass@k for every k up to the fewest
+    tries of a problem, by the unbiased estimator of Chen et al., arXiv 2107.03374.
+    """
+    drawn = [n for n, _ in of if n]
+    if not drawn:
+        return None
+    least, P = min(drawn), len(of)
+    return {
+        "least": least,
+        "most": max(drawn),
+        "any": sum(c > 0 for _, c in of) / P,
+        "at": [
+            sum(1 - math.comb(n - c, k) / math.comb(n, k) for n, c in of if n) / P
+            for k in range(1, least + 1)
+        ],
+    }
 
 
 def _histogram(good: Sequence[float], other: Sequence[float]) -> dict[str, list[float]]:

@@ -19,12 +19,15 @@ from scipy import stats
 
 from mass import arms, checkpoint, compare, evaluate, filerun, results, tally
 from mass.checkpoint import Contents, open_run
+from mass.choices.kit import sample
 from mass.errors import MassError
 from mass.filerun import adapt_problems
 from mass.kit import build_kit, plan
 from mass.lora import LoraShape, attach, fresh
+from mass.methods import Made, Record
 from mass.model import load
 from mass.problems import content_key
+from mass.rewards import Verifier, find_answer
 from mass.scorer import Scorer
 
 DATA = Path(__file__).parent / "data"
@@ -132,6 +135,7 @@ def row(score: float | None, source: str = "a", **more: Any) -> dict[str, Any]:
         "seconds": {"generate": 0.5, "score": 0.25, "adapt": 0.0, "answer": 0.25},
         "examples": [],
         "truth": [],
+        "tries": [],
     } | more
 
 
@@ -145,7 +149,12 @@ def test_a_table_from_rows_counted_by_hand() -> None:
                  truth=[[True, True, True], [False, False, False], [True, True, True]])  # fmt: skip
     answers = {
         "none": [row(0.0), row(1.0), row(None, "b"), row(0.0, "b", answer=None)],
-        "vote": [row(0.0), row(1.0), row(1.0, "b"), row(0.0, "b", error="too long", answer=None)],
+        "vote": [
+            row(0.0, tries=[0.0, 1.0, 0.0, 0.0]),
+            row(1.0, tries=[1.0, 1.0, None]),
+            row(1.0, "b", tries=[1.0, 1.0, 1.0]),
+            row(0.0, "b", error="too long", answer=None),
+        ],
         "mass": [first, second, row(1.0, "b"), row(1.0, "b")],
     }
     found = tally.results(answers, trained=["a"])
@@ -154,6 +163,12 @@ def test_a_table_from_rows_counted_by_hand() -> None:
     assert mass["score"] == pytest.approx((1 + 0.5 + 1 + 1) / 4) and mass["interval"] == compare.interval(
         [1, 0, 1, 1]
     )
+    # by all subsets of 1, 2 and 3 tries; the problem that failed has none right
+    at = [(1 / 4 + 2 / 3 + 1) / 4, (3 / 6 + 3 / 3 + 1) / 4, (3 / 4 + 1 + 1) / 4]
+    assert vote["tries"] == {"least": 3, "most": 4, "any": 0.75, "at": pytest.approx(at)}
+    assert none["tries"] is None is mass["tries"]
+    del answers["vote"][0]["tries"]  # of an earlier version
+    assert tally.results(answers)["arms"][1]["tries"]["any"] == 0.5
     assert (none["unverified"], none["no_answer"], vote["errors"], vote["no_answer"]) == (1, 1, 1, 0)
     assert (mass["tokens"], mass["flops"], mass["seconds"], mass["per_minute"]) == (7, 10, 1, 60)
     assert mass["parts"] == {"generate": 0.5, "score": 0.25, "adapt": 0.0, "answer": 0.25}
@@ -310,6 +325,44 @@ def test_an_arm_answers_as_its_method_does_alone(run: Path, done: Path) -> None:
     # a world judges practice, not own answers
     assert any(any(x is not None for x in row["truth"]) for row in found["mass"])
     assert all(x is None for row in rows(done / "vote.jsonl") for x in row["truth"])
+
+
+def test_every_try_of_a_vote_is_verified(run: Path, tmp_path: Path) -> None:
+    tasks = evaluate.held_out(plan(str(run), None), [], made=False).tasks
+    kit = build_kit(plan(str(run), None))
+    drawn = sample(kit, [task.problem for task in tasks], [range(4)] * COUNT)
+    said = [[find_answer(r.text) for r in own] for own in drawn]
+    # the reference of some problems is what one of the tries says, whatever the vote makes of them
+    answers = [said[i][i % 4] or task.answer if i % 2 else task.answer for i, task in enumerate(tasks)]
+    path = tmp_path / "problems.jsonl"
+    lines = [
+        json.dumps({"problem": task.problem.text, "answer": x})
+        for task, x in zip(tasks, answers, strict=True)
+    ]
+    path.write_text("\n".join(lines))
+    out = tmp_path / "out"
+    argv = ["--run", str(run), "--problems", str(path), "--methods", "none,vote", "--out", str(out)]
+    assert evaluate.main(argv) == 0
+    own = rows(out / "vote.jsonl")
+    wanted = [[float(x == answer) for x in texts] for texts, answer in zip(said, answers, strict=True)]
+    assert [row["tries"] for row in own] == wanted and all(
+        not row["tries"] for row in rows(out / "none.jsonl")
+    )
+    assert all(row["score"] <= max(row["tries"]) for row in own)
+    found = json.loads((out / "results.json").read_text())
+    none, vote = found["arms"]
+    any_right = sum(max(scores) for scores in wanted) / COUNT
+    assert none["tries"] is None and 1 > any_right > vote["accuracy"]
+    tries = vote["tries"]
+    assert (tries["least"], tries["most"], tries["any"], tries["at"][3]) == (4, 4, any_right, any_right)
+    assert tries["at"][0] == pytest.approx(np.mean(wanted)) and tries["at"] == sorted(tries["at"])
+    assert f"| {any_right:.3f} n = 4 |" in (out / "results.md").read_text()
+    # an answer that is chosen among the tries has them; one that is learned from them has not
+    with Verifier() as verifier:
+        for method, has in (("pick", True), ("rpc", True), ("vds", False), ("ttrl", False), ("auto", False)):
+            arm = arms.Arm(method, plan(str(run), None), method)
+            record = Record("x", "", method, examples=(Made("", tasks[0].solution, 1.0, True, ""),))
+            assert evaluate._tries(arm, tasks[0], record, verifier) == ([1.0] if has else [])
 
 
 class Links(HTMLParser):

@@ -317,6 +317,29 @@ def test_first_finish_takes_the_shortest_and_pick_the_best_scored(
     assert (record.answer, record.solution) == ("y", "yy")
 
 
+@pytest.mark.usefixtures("handmade")
+def test_shuffled_deals_the_weights_of_mass_to_other_examples(
+    kit: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight_TN = torch.tensor([[0.5, 2.0, 0.5 + 1e-3], [1.25, 1.75, 0.0], [2.5, 0.0, 0.5]])
+    monkeypatch.setattr(
+        choices.weights.scorer, "weights", lambda score, valid, _: weight_TN[: len(score)].clone()
+    )
+    seen = set()
+    for seed in range(8):
+        records = solve(replace(kit, seed=seed), PROBLEMS, "shuffled", baselines=False)
+        for record, own in zip(records, weight_TN.tolist(), strict=True):
+            dealt = [e.weight for e in record.examples]
+            assert sorted(dealt) == pytest.approx(sorted(own))
+            assert all(e.weight == 0 for e in record.examples if not e.valid)
+        seen.add(tuple(e.weight for e in records[0].examples))
+        (alone,) = solve(replace(kit, seed=seed), PROBLEMS[:1], "shuffled", baselines=False)
+        assert alone.examples == records[0].examples and len(alone.steps) == 2
+    assert len(seen) >= 3
+    (mass,) = solve(kit, PROBLEMS[:1], "mass", baselines=False)
+    assert [e.weight for e in mass.examples] == pytest.approx(weight_TN[0].tolist())
+
+
 def test_no_own_answer_states_one(kit: Kit) -> None:
     for method in ("vote", "rpc", "pick", "first-finish"):
         (record,) = solve(kit, PROBLEMS[:1], method)

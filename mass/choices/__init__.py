@@ -26,7 +26,7 @@ from mass.choices.kit import (
     shots_for,
 )
 from mass.choices.updates import fine_tuned, fine_tuned_on_best, policy_gradient
-from mass.choices.weights import agreement, best_scored, probable, scored, shortest, uniform
+from mass.choices.weights import agreement, best_scored, probable, scored, shortest, shuffled, uniform
 
 __all__ = [
     "Answered",
@@ -55,6 +55,7 @@ __all__ = [
     "self_made",
     "shortest",
     "shots_for",
+    "shuffled",
     "small_margin",
     "teacher_made",
     "training_problems",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mass import outer, scorer
 from mass.choices.kit import Kit
-from mass.practice import Practice, features
+from mass.practice import Practice, features, seed_of
 from mass.problems import Problem
 from mass.rewards import canonical, find_answer, vote
 
@@ -38,6 +38,16 @@ def scored(kit: Kit, problems: Seq[Problem], practice: Practice) -> Tensor:
         )
         score_TN = torch.func.functional_call(kit.head, dict(kit.eta or {}), (task_TF, example_TNF))
         return scorer.weights(score_TN, practice.valid_TN, kit.temperature)
+
+
+def shuffled(kit: Kit, problems: Seq[Problem], practice: Practice) -> Tensor:
+    """Those of the scorer, dealt anew among the valid examples of each problem: the control for which example has which."""
+    weight_TN = scored(kit, problems, practice)
+    for t, p in enumerate(problems):
+        valid = practice.valid_TN[t].nonzero().squeeze(1)
+        draw = np.random.default_rng(seed_of(kit.seed, "shuffled", p.text))
+        weight_TN[t, valid] = weight_TN[t, valid[draw.permutation(len(valid)).tolist()]]
+    return weight_TN
 
 
 def best_scored(kit: Kit, problems: Seq[Problem], practice: Practice) -> Tensor:
