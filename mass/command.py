@@ -257,7 +257,8 @@ def _processes(args: argparse.Namespace) -> tuple[Share, list[str]]:
             "--html is for one process: call mass-adapt once more with --resume and --html afterwards"
         )
     state = PartialState(cpu=not torch.accelerator.is_available())
-    device = [] if state.device.type == "cpu" else [f"model.device={state.device}"]
+    # which of them is this process's own, PartialState has told torch
+    device = [] if state.device.type == "cpu" else [f"model.device={state.device.type}"]
     return Share(state.process_index, state.num_processes), device
 
 
