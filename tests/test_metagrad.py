@@ -5,6 +5,7 @@ from functools import cache
 from typing import Any
 
 import pytest
+import references
 import torch
 import worlds
 from torch import Tensor
@@ -40,7 +41,7 @@ def full(engine: str, rule: str, K: int) -> metagrad.MetaGradient:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_engine_equals_unrolling_and_numeric_differences(engine: str, rule: str, K: int) -> None:
     got = full(engine, rule, K)
-    truth, numeric = worlds.truth(rule, K), worlds.numeric(rule, K)
+    truth, numeric = references.truth(rule, K), references.numeric(rule, K)
     assert got.init is not None and got.lr is not None
     assert error(got.weight_TN, truth.weight_TN) < BOUND[engine]
     assert error(got.init, truth.init) < BOUND[engine]
@@ -61,7 +62,7 @@ def test_clip_that_cuts_some_tasks_only(engine: str, limit: str) -> None:
     rule = Rule("sgd", clip=((clip[0] + clip[1]) / 2 if limit == "one task" else clip[1] * 1.5).item())
     assert worlds.loop(world, rule, lr, 2).clipped_T.sum() == (1 if limit == "one task" else 0)
     got = meta(world, engine, rule, 0.3, 2, need_init=True)
-    truth = worlds.unroll(world, rule, 0.3, 2)
+    truth = references.unroll(world, rule, 0.3, 2)
     assert got.init is not None
     assert error(got.weight_TN, truth.weight_TN) < 1e-11
     assert error(got.init, truth.init) < 1e-11
@@ -71,7 +72,7 @@ def test_the_loss_that_is_differentiated_is_the_loss_of_the_loop() -> None:
     world = worlds.shared()
     for rule, (own, lr) in RULES.items():
         ours = worlds.outer_loss(world, worlds.loop(world, own, worlds.rates(world, lr), 5).adapter)
-        assert error(ours, worlds.truth(rule, 5).loss_T) < 1e-12
+        assert error(ours, references.truth(rule, 5).loss_T) < 1e-12
 
 
 def test_finite_difference_blockwise_passes_give_the_same_numbers() -> None:
@@ -95,7 +96,7 @@ def test_finite_difference_error_falls_with_its_order() -> None:
         engine = metagrad.finite_difference(
             world.hf, world.layers, world.packed, world.weight_TN, central=central, radius=radius
         )
-        return error(metagrad.sweep(engine, trajectory, lam).weight_TN, worlds.truth("sgd", 2).weight_TN)
+        return error(metagrad.sweep(engine, trajectory, lam).weight_TN, references.truth("sgd", 2).weight_TN)
 
     assert 50 < off(True, 1e-2) / off(True, 1e-3) < 200
     assert 5 < off(False, 1e-2) / off(False, 1e-3) < 20
@@ -113,7 +114,7 @@ def test_one_sgd_step_has_the_closed_form(engine: str) -> None:
 
     def grad(rows: list[list[Any]], adapter: Adapter) -> Adapter:
         leaf = {key: x.detach().requires_grad_() for key, x in adapter.items()}
-        loss = worlds.plain_loss(world.hf, world.layers, rows, leaf).sum()
+        loss = references.plain_loss(world.hf, world.layers, rows, leaf).sum()
         return dict(zip(leaf, torch.autograd.grad(loss, list(leaf.values())), strict=True))
 
     want = torch.zeros_like(got)
@@ -223,7 +224,10 @@ def test_score_gradient_equals_numeric_differences_through_the_scores() -> None:
     world, h = worlds.shared(), 1e-5
     rule, lr = RULES["momentum"]
     got = scorer.score_gradient(
-        world.score_TN, world.valid_TN, 0.5, worlds.unroll(at_temperature(world, 0.5), rule, lr, 2).weight_TN
+        world.score_TN,
+        world.valid_TN,
+        0.5,
+        references.unroll(at_temperature(world, 0.5), rule, lr, 2).weight_TN,
     )
     ours = scorer.score_gradient(
         world.score_TN,
@@ -325,7 +329,7 @@ def test_truncation(engine: str, rule: str) -> None:
         same = meta(world, engine, own, lr, K, last_steps=last, need_init=True)
         assert torch.equal(same.weight_TN, whole.weight_TN)
     got = meta(world, engine, own, lr, K, last_steps=1, need_lr=True)
-    want = worlds.unroll(world, own, lr, K, last_steps=1)
+    want = references.unroll(world, own, lr, K, last_steps=1)
     assert got.lr is not None and got.init is None
     assert error(got.weight_TN, want.weight_TN) < 1e-11
     assert error(got.lr, want.lr) < 1e-11

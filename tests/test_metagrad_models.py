@@ -5,6 +5,7 @@ from functools import cache
 from typing import Any
 
 import pytest
+import references
 import torch
 import worlds
 from test_forward import foreign
@@ -29,9 +30,9 @@ def test_architectures(engine: str, name: str) -> None:
 
 
 @cache
-def architecture(name: str) -> tuple[World, worlds.Truth]:
+def architecture(name: str) -> tuple[World, references.Truth]:
     world = worlds.make(name)
-    return world, worlds.unroll(world, *RULES["momentum"], 2)
+    return world, references.unroll(world, *RULES["momentum"], 2)
 
 
 @pytest.mark.parametrize(
@@ -61,10 +62,10 @@ FAMILIES = ["llama", "qwen3", "gemma3", "gpt_neox"]
 
 
 @cache
-def rounded(name: str, dtype: torch.dtype) -> tuple[World, worlds.Truth]:
+def rounded(name: str, dtype: torch.dtype) -> tuple[World, references.Truth]:
     """A world in that dtype and its truth: the same (rounded) weights in float64 throughout."""
     world = worlds.make_huggingface(name, dtype)
-    return world, worlds.unroll(worlds.in_float64(world), *RULES["momentum"], 2)
+    return world, references.unroll(worlds.in_float64(world), *RULES["momentum"], 2)
 
 
 @pytest.mark.parametrize("rule", ["momentum", "adam"])
@@ -76,7 +77,7 @@ def test_error_in_float64_on_hugging_face_models(engine: str, name: str, rule: s
     """
     world = worlds.make_huggingface(name, torch.float64)
     got = meta(world, engine, *RULES[rule], 2, need_init=True)
-    want = worlds.unroll(world, *RULES[rule], 2, packed=True)
+    want = references.unroll(world, *RULES[rule], 2, packed=True)
     bound = 1e-12 if engine == "reverse" else {"momentum": 1e-7, "adam": 2e-6}[rule]
     assert got.init is not None
     assert error(got.weight_TN, want.weight_TN) < bound
@@ -198,7 +199,7 @@ def test_part_of_the_layers_may_have_adapters(engine: str) -> None:
         start={key: x for key, x in own.start.items() if key.rpartition(".")[0] in keep},
     )
     got = meta(small, engine, *RULES["sgd"], 2, need_init=True)
-    want = worlds.unroll(small, *RULES["sgd"], 2)
+    want = references.unroll(small, *RULES["sgd"], 2)
     assert got.init is not None
     assert error(got.weight_TN, want.weight_TN) < BOUND[engine]
     assert error(got.init, want.init) < BOUND[engine]
@@ -222,7 +223,7 @@ def test_a_shared_prefix_changes_nothing(engine: str) -> None:
     once = replace(world, packed=pack(world.examples, 0, share=True))
     assert once.packed.mask_B1SS is not None and once.packed.size < world.packed.size
     got = meta(once, engine, *RULES["sgd"], 2, need_init=True)
-    want = worlds.unroll(world, *RULES["sgd"], 2)
+    want = references.unroll(world, *RULES["sgd"], 2)
     assert got.init is not None
     assert error(got.weight_TN, want.weight_TN) < BOUND[engine]
     assert error(got.init, want.init) < BOUND[engine]

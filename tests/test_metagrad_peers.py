@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import higher
 import pytest
+import references
 import torch
 import torchopt
 import worlds
@@ -31,8 +32,8 @@ class Fast(nn.Module):
     def forward(self, weight_TN: Tensor, outer: bool = False) -> Tensor:
         world = self.world
         if outer:
-            return worlds.plain_loss(world.hf, world.layers, world.targets, self.adapter()).sum()
-        loss_TN = worlds.plain_loss(world.hf, world.layers, world.examples, self.adapter())
+            return references.plain_loss(world.hf, world.layers, world.targets, self.adapter()).sum()
+        loss_TN = references.plain_loss(world.hf, world.layers, world.examples, self.adapter())
         return (weight_TN * loss_TN).sum() / weight_TN.shape[1]
 
 

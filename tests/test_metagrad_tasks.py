@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import references
 import torch
 import worlds
 from test_metagrad import BOUND, full
@@ -103,7 +104,7 @@ def test_fresh_adapter(engine: str) -> None:
     start = {key: x if key.endswith(".A") else torch.zeros_like(x) for key, x in world.start.items()}
     world = replace(world, start=start)
     rule, lr = RULES["adam"]
-    got, want = meta(world, engine, rule, lr, 2, need_init=True), worlds.unroll(world, rule, lr, 2)
+    got, want = meta(world, engine, rule, lr, 2, need_init=True), references.unroll(world, rule, lr, 2)
     assert got.init is not None
     assert error(got.weight_TN, want.weight_TN) < 10 * BOUND[engine]
     assert error(got.init, want.init) < 10 * BOUND[engine]
