@@ -1,7 +1,7 @@
 """The sharded base against the whole one: the same numbers, whatever the other ranks do meanwhile, and a part of it in memory."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,6 @@ from mass.shards import ShardedEmbedding, ShardedLinear, Shards, _chosen
 
 SHAPE = LoraShape(2, 4.0, ("all-linear",))
 T, N = 2, 3
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    with Ranks() as started:
-        yield started
 
 
 def sharded(
