@@ -15,7 +15,8 @@ from runs import write_recipe
 from tiny import tiny, tiny_lm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from mass.model import LanguageModel, byte_tokenizer
+from mass.model import LanguageModel
+from mass.tiny import byte_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+import mass.tiny
 from mass import model
 from mass.choices import Kit
 from mass.lora import LoraShape, attach, fresh
@@ -31,12 +32,12 @@ class ExactRMSNorm(nn.Module):
 def tiny(
     architecture: str = "llama", dtype: torch.dtype = torch.float64, attention: str = "sdpa", **changes: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """(hf, tokenizer) of `mass.model.tiny`, frozen and in eval mode.
+    """(hf, tokenizer) of `mass.tiny.tiny`, frozen and in eval mode.
 
     In float64 every norm is computed in float64, so that numeric derivatives are good to about 1e-9. Attention must
     then be `sdpa` (Hugging Face's eager softmax rounds to fp32).
     """
-    hf, tokenizer = model.tiny(architecture, dtype=dtype, attention=attention, **changes)
+    hf, tokenizer = mass.tiny.tiny(architecture, dtype=dtype, attention=attention, **changes)
     if dtype == torch.float64:
         for name, module in list(hf.named_modules()):
             if type(module).__name__.endswith("RMSNorm"):

@@ -11,13 +11,14 @@ from tiny import ExactRMSNorm, tiny
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mass import blocks, forward, inner, lora, metagrad, model, scorer
+import mass.tiny
+from mass import blocks, forward, inner, lora, metagrad, scorer
 from mass.batch import Packed, Sequence, pack
 from mass.lora import Adapter, Layers, LoraShape
 from mass.metagrad import MetaGradient, Products
 from mass.optimizers import Rule
 
-# name -> (architecture of mass.model.tiny, changes). Sliding windows are shorter than the sequences.
+# name -> (architecture of mass.tiny, changes). Sliding windows are shorter than the sequences.
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama tied": ("llama", {"tie_word_embeddings": True}),
@@ -145,7 +146,7 @@ def make(name: str = "llama", tasks: int = 2, **changes: Any) -> World:
 def make_huggingface(name: str, dtype: torch.dtype, tasks: int = 2) -> World:
     """A world whose model is as Hugging Face writes it (RMS norms compute in fp32), adapters in at least fp32."""
     architecture, own = ARCHITECTURES[name]
-    hf = model.tiny(architecture, dtype=dtype, **(SMALL | own))[0].eval().requires_grad_(False)
+    hf = mass.tiny.tiny(architecture, dtype=dtype, **(SMALL | own))[0].eval().requires_grad_(False)
     return populate(hf, tasks, torch.float64 if dtype == torch.float64 else torch.float32)
 
 
