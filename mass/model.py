@@ -17,51 +17,34 @@ import importlib.util
 import json
 import os
 import re
-import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from safetensors import SafetensorError
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 from mass import worlds
+from mass.cache import cache_folder, first_line, once, say
 from mass.errors import MassError
 from mass.lora import Layers, LoraShape, attach
 from mass.pretrain import pretrain
 from mass.shards import Shards
+from mass.tiny import tiny
 from mass.weights import Weights, read_sharded
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
-# what is not common to the random models; everything else is in `tiny`
-TINY: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "mistral": {"sliding_window": None},
-    "qwen2": {"tie_word_embeddings": True},
-    "qwen3": {"head_dim": 16, "tie_word_embeddings": True},
-    "gemma3": {
-        "head_dim": 16,
-        "query_pre_attn_scalar": 16,
-        "sliding_window": 32,
-        "layer_types": ["sliding_attention", "full_attention"],
-        "tie_word_embeddings": True,
-    },
-    "gpt_neox": {},
-}
 
 
 @dataclass
@@ -170,7 +153,7 @@ def find_device(device: str | torch.device) -> torch.device:
     try:
         return torch.device(device)
     except RuntimeError as error:
-        raise MassError(f"model.device={device!r} is no torch device ({_first_line(error)})") from None
+        raise MassError(f"model.device={device!r} is no torch device ({first_line(error)})") from None
 
 
 def context_length(hf: PreTrainedModel) -> int:
@@ -204,7 +187,7 @@ def _read(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     local = os.path.isdir(source)
     if not local:
-        _say(f"{path} is no folder here: looking it up on the model hub")
+        say(f"{path} is no folder here: looking it up on the model hub")
     common: dict[str, Any] = {"trust_remote_code": False, "local_files_only": local}
     with _quiet(bars=not local):
         try:
@@ -267,7 +250,7 @@ def _check_causal(config: Any, path: str) -> None:
 
 
 def _why_not(path: str, local: bool, error: Exception) -> str:
-    said = _first_line(error)
+    said = first_line(error)
     if local:
         return f"model.path={path}: the folder cannot be loaded ({said}). Only safetensors weights are read."
     return (
@@ -302,11 +285,6 @@ def _gguf_file(path: str) -> Path:
     )
 
 
-def cache_folder(cache: str | Path | None = None) -> Path:
-    """`cache`, else $MASS_CACHE, else ~/.cache/mass."""
-    return Path(cache or os.environ.get("MASS_CACHE") or "~/.cache/mass").expanduser()
-
-
 def _converted(path: str, dtype: str, cache: str | Path | None) -> Path:
     """The Hugging Face folder of a GGUF: made once per content and dtype, whole or absent, by one process at a time."""
     file = _gguf_file(path)
@@ -316,7 +294,7 @@ def _converted(path: str, dtype: str, cache: str | Path | None) -> Path:
     kept = "bf16" if dtype == "bf16" else "fp32"
     folder = cache_folder(cache) / "gguf" / f"{file.stem}-{file.stat().st_size}-{digest}-{kept}"
     note = f"converting {file.name} to safetensors once (about half a minute) in {folder}"
-    return _once(path, folder, note, lambda partial: _convert(file, partial, DTYPES[kept]))
+    return once(path, folder, note, lambda partial: _convert(file, partial, DTYPES[kept]))
 
 
 def _pretrained(
@@ -331,38 +309,9 @@ def _pretrained(
 
     def make(partial: Path) -> None:
         with _quiet():
-            pretrain(partial, world.words, world.lesson, world.steps, world.seed, _say)
+            pretrain(partial, world.words, world.lesson, world.steps, world.seed, say)
 
-    return _once(path, folder, note, make)
-
-
-def _once(path: str, folder: Path, note: str, make: Callable[[Path], None]) -> Path:
-    """`folder`, filled by `make` if it is not there: whole or absent, by one process at a time."""
-    if folder.is_dir():
-        return folder
-    partial = folder.with_name(folder.name + ".partial")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
-            if folder.is_dir():
-                return folder
-            # what a killed process left; the lock says that nobody is writing it now
-            shutil.rmtree(partial, ignore_errors=True)
-            _say(note)
-            try:
-                make(partial)
-                for written in partial.iterdir():
-                    with open(written, "rb") as stream:
-                        os.fsync(stream.fileno())
-                partial.rename(folder)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
-    except OSError as error:
-        raise MassError(
-            f"model.path={path}: cannot be made in the cache folder {folder.parent} ({_first_line(error)}). "
-            "Free some space there, or set model.cache (or MASS_CACHE) to another folder."
-        ) from error
-    return folder
+    return once(path, folder, note, make)
 
 
 def _convert(file: Path, folder: Path, dtype: torch.dtype) -> None:
@@ -390,73 +339,6 @@ def save(hf: Any, folder: Path) -> None:
     del hf.should_save_on_this_rank
 
 
-# ---- random models, made on the spot
-
-
-def tiny(
-    architecture: str, *, dtype: torch.dtype = torch.float32, attention: str = "sdpa", **changes: Any
-) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """A random model (two layers, width 64, byte vocabulary): the same weights every time, rounded to `dtype`.
-
-    `changes` are keys of the architecture's Hugging Face config (num_hidden_layers=4).
-    """
-    if architecture not in TINY:
-        raise MassError(
-            f"model.path=tiny:{architecture}: there are {', '.join('tiny:' + name for name in TINY)}"
-        )
-    tokenizer = byte_tokenizer()
-    settings: dict[str, Any] = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 4096,
-        # at the usual 0.02 every prediction of so narrow a model is nearly uniform
-        "initializer_range": 0.1,
-        "tie_word_embeddings": False,
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
-    if architecture == "gpt_neox":
-        del settings["num_key_value_heads"]
-    model_type = "gemma3_text" if architecture == "gemma3" else architecture
-    settings |= TINY[architecture] | changes
-    if "layer_types" in settings:
-        settings["layer_types"] = (settings["layer_types"] * settings["num_hidden_layers"])[
-            : settings["num_hidden_layers"]
-        ]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        config = AutoConfig.for_model(model_type, **settings)
-        hf = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
-    # parameters only: rotary frequencies stay fp32, as from_pretrained leaves them
-    for parameter in hf.parameters():
-        parameter.data = parameter.data.to(dtype)
-    hf.config.dtype = dtype
-    return hf, tokenizer
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """<pad>, <bos>, <eos> and the 256 bytes; <bos> is put in front as Llama's does. It has no chat template."""
-    special = ["<pad>", "<bos>", "<eos>"]
-    alphabet = special + sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
-    backend.add_special_tokens(special)
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        model_max_length=4096,
-    )
-
-
 # ---- small things
 
 
@@ -473,12 +355,3 @@ def _quiet(bars: bool = False) -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
-def _say(text: str) -> None:
-    # standard error: mass-adapt --json keeps standard output for its objects
-    print(f"mass: {text}", file=sys.stderr, flush=True)

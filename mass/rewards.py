@@ -1,7 +1,7 @@
 """Answers: find one in a text, compare it with the reference, vote among several. No torch here.
 
 `exact` and `numeric` comparisons run in the caller. `math` (Math-Verify) and `gym` (reasoning-gym's own score)
-run in a worker process: they call sympy on what a model wrote, so they can hang, eat memory or crash, and
+run in a worker process (`mass.judge`): they call sympy on what a model wrote, so they can hang, eat memory or crash, and
 Math-Verify's own time limit is `signal.alarm`, which only a main thread may use. The worker is a fresh interpreter
 (never a fork: the caller may hold torch threads or a gloo group). A comparison that broke is a `Verdict` with
 status "failed" or "timeout" and score nan: something to count, never a zero reward.
@@ -9,19 +9,16 @@ status "failed" or "timeout" and score nan: something to count, never a zero rew
 
 from __future__ import annotations
 
-import faulthandler
 import importlib.util
 import json
-import logging
 import math
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from multiprocessing import Pipe
@@ -37,7 +34,6 @@ if TYPE_CHECKING:
 KINDS = ("exact", "numeric", "math", "gym")
 _PACKAGE = {"math": "math_verify", "gym": "reasoning_gym"}
 _START_SECONDS = 120.0  # to start the interpreter and import sympy or reasoning-gym on a busy machine
-_WORKER_BYTES = 4 * 2**30  # address space of the worker: 10**10**10 must not take the machine's memory
 
 _BOXED = re.compile(r"\\{1,4}boxed\s*\{|\\{1,4}boxed +(?P<bare>[^\s${}\\]+)|\\.|[{}]", re.DOTALL)
 _MARKER = re.compile(r"\banswer\b[*_ \t]{0,8}(?:(?P<colon>:)|is\b[ \t]*(?P<says>:?))", re.IGNORECASE)
@@ -139,7 +135,7 @@ def canonical(answer: str) -> str:
     return f"-{number}" if match["sign"] == "-" and number.strip("0.") else number
 
 
-def _bare(answer: str) -> str:
+def bare(answer: str) -> str:
     r"""Without the delimiters of a formula that is the whole answer: `$X$`, `$$X$$`, `\(X\)`, `\[X\]`."""
     match = _DELIMITED.fullmatch(answer.strip().removesuffix(".")) if len(answer) < 10_000 else None
     return next(filter(None, match.groups())).strip() if match else answer
@@ -163,7 +159,7 @@ def number(text: str) -> Fraction | None:
     if len(text) > 400:
         return None
     text = (
-        canonical(_bare(text))
+        canonical(bare(text))
         .replace("\u2212", "-")
         .replace("{,}", ",")
         .replace("\\!", "")
@@ -195,7 +191,7 @@ def same_number(answer: str, gold: str) -> bool:
         raise ValueError(f"the reference answer {gold[:80]!r} is not a number")
     if len(answer) > 400:
         return False
-    answer = canonical(_bare(answer).rpartition("=")[2])
+    answer = canonical(bare(answer).rpartition("=")[2])
     stated = number(answer)
     words = answer.split()
     if stated is None and len(words) > 1 and not _SCALES.intersection(word.casefold() for word in words):
@@ -268,12 +264,12 @@ class Verifier:
             return Verdict(0.0, "no_answer")
         if task.verifier == "numeric":
             try:
-                return _verdict(float(same_number(answer, task.answer)))
+                return verdict_of(float(same_number(answer, task.answer)))
             except ValueError as error:
                 return Verdict(math.nan, "failed", str(error))
         same = canonical(answer).casefold() == canonical(task.answer).casefold()
         if task.verifier == "exact" or (task.verifier == "math" and same):
-            return _verdict(float(same))
+            return verdict_of(float(same))
         if len(answer) > 2000 + 4 * len(task.answer):
             return Verdict(
                 0.0, "wrong"
@@ -307,7 +303,7 @@ class Verifier:
         root = str(Path(__file__).resolve().parents[1])
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         self._process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", "from mass.rewards import _serve; _serve()"]
+            [sys.executable, "-W", "ignore", "-c", "from mass.judge import serve; serve()"]
             + [str(theirs.fileno()), str(self.time_limit)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -340,123 +336,9 @@ class Verifier:
         return Verdict(math.nan, "timeout" if elapsed >= seconds else "failed", reason)
 
 
-def _verdict(score: float) -> Verdict:
+def verdict_of(score: float) -> Verdict:
+    """The verdict that a score of a verifier means; the score is cut to [0, 1]."""
     if math.isnan(score):
         return Verdict(math.nan, "failed", "the verifier's score is nan")
     score = min(max(score, 0.0), 1.0)
     return Verdict(score, "right" if score == 1.0 else "wrong" if score == 0.0 else "partial")
-
-
-# The worker process
-
-
-class _TimeUp(BaseException):
-    """Not an Exception: sympy and reasoning-gym catch those."""
-
-
-def _serve() -> None:
-    """The worker's loop: pairs (kind, question or None to load) come in, [score, status, reason] goes out."""
-    import resource
-
-    pipe, limit = Connection(int(sys.argv[1])), float(sys.argv[2])
-    resource.setrlimit(resource.RLIMIT_AS, (_WORKER_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]))
-    sys.dont_write_bytecode = True
-    logging.disable(logging.CRITICAL)
-    signal.signal(signal.SIGALRM, _time_up)
-    judging = False
-    sys.addaudithook(lambda event, args: _forbid(event, args) if judging else None)
-    sink = open(os.devnull, "w")
-    judges: dict[str, Callable[..., float]] = {}
-    while True:
-        try:
-            kind, question = pipe.recv()
-        except (EOFError, OSError):
-            return
-        try:
-            if question is None:
-                judges[kind] = {"math": _load_math, "gym": _load_gym}[kind]()
-                verdict = Verdict(math.nan, "loaded")
-            else:
-                # The alarm stops Python code. The watchdog is a C thread that ends the process, for code that never
-                # returns to Python (a power of two large integers): it also works when the caller is long gone.
-                faulthandler.dump_traceback_later(limit + 1.0, exit=True, file=sink)
-                signal.setitimer(signal.ITIMER_REAL, limit)
-                judging = True
-                verdict = _verdict(judges[kind](*question))
-        except ImportError as error:
-            verdict = Verdict(
-                math.nan, "failed" if question else "missing", f"{type(error).__name__}: {error}"
-            )
-        except _TimeUp:
-            verdict = Verdict(math.nan, "timeout", f"no verdict within {limit:g} s")
-        except Exception as error:
-            verdict = Verdict(math.nan, "failed", f"{type(error).__name__}: {str(error)[:200]}")
-        finally:
-            judging = False
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            faulthandler.cancel_dump_traceback_later()
-        pipe.send_bytes(json.dumps([verdict.score, verdict.status, verdict.reason]).encode())
-
-
-def _time_up(*_: object) -> None:
-    raise _TimeUp
-
-
-def _forbid(event: str, args: tuple[Any, ...]) -> None:
-    # Some reasoning-gym families (countdown, puzzle24, the integrals) give the answer to sympy.parse_expr, which is
-    # eval with the builtins in reach. No sandbox against an attacker, but no answer reaches disk, network or shell.
-    if event == "open":
-        if not (isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
-            return
-    elif not event.startswith(_FORBIDDEN) or event in ("os.listdir", "os.scandir", "os.walk"):
-        return
-    raise PermissionError(f"{event} is not allowed while an answer is judged")
-
-
-_FORBIDDEN = (
-    "os.",
-    "subprocess.",
-    "socket.",
-    "shutil.",
-    "ctypes.",
-    "pty.",
-    "urllib.",
-    "signal.",
-    "webbrowser.",
-)
-
-
-def _load_math() -> Callable[..., float]:
-    from math_verify import parse, verify
-
-    def parsed(answer: str) -> list[Any]:
-        # Math-Verify looks for LaTeX between delimiters; a bare \frac{1}{2} would be read as the number 1.
-        return parse(f"\\boxed{{{_bare(answer)}}}", parsing_timeout=None, raise_on_error=True)
-
-    def judge(gold: str, answer: str) -> float:
-        wanted = parsed(gold)
-        if not wanted:
-            raise ValueError(f"Math-Verify cannot read the reference answer {gold[:80]!r}")
-        return float(verify(wanted, parsed(answer), timeout_seconds=None, raise_on_error=True))
-
-    judge(
-        "\\frac{1}{2}", "0.5"
-    )  # builds the LaTeX parser and finds a missing antlr now, outside the time limit
-    return judge
-
-
-def _load_gym() -> Callable[..., float]:
-    import reasoning_gym
-
-    datasets: dict[str, Any] = {}
-
-    def judge(name: str, entry: dict[str, Any] | None, answers: list[str]) -> float:
-        if entry is None:
-            raise ValueError(f"a task of {name!r} carries no reasoning-gym entry")
-        settings = entry.get("settings", {})
-        key = json.dumps([name, settings], sort_keys=True, default=str)
-        if key not in datasets:
-            datasets[key] = reasoning_gym.create_dataset(name, **settings)
-        return max(float(datasets[key].score_answer(answer, entry)) for answer in answers)
-
-    return judge

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mass.model import byte_tokenizer
+from mass.tiny import byte_tokenizer
 
 LABELS = ["Problem:", " problem:", "\nSolution:", " Answer:", "\n\n", "<|user|>", "<|assistant|>"]
 FIRST, SECOND, DIGITS = [f" {i} +" for i in range(10)], [f" {i} =" for i in range(10)], [" 1", " 2", " 3"]

@@ -4,6 +4,7 @@ from functools import cache
 from typing import Any
 
 import pytest
+import references
 import torch
 import worlds
 from test_forward import foreign
@@ -158,7 +159,7 @@ def test_engines_that_need_no_split_work_without_one() -> None:
     with pytest.raises(MassError, match="no list of 2 decoder blocks"):
         blocks.split(world.hf, world.layers)
     rule, lr = worlds.RULES["sgd"]
-    want = worlds.truth("sgd", 2)
+    want = references.truth("sgd", 2)
     trajectory = worlds.loop(world, rule, worlds.rates(world, lr), 2)
     lam = worlds.outer_grad(world, trajectory.adapter)
     for engine in ("reverse", "central", "one-sided"):

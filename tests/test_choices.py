@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_lm
+from tiny import tiny_kit, tiny_lm
 
 from mass import choices, methods, teacher
 from mass.batch import Sequence as Tokens
@@ -23,14 +23,13 @@ from mass.choices.views import views
 from mass.errors import MassError
 from mass.forward import example_loss, logprobs_and_entropies, token_logprobs
 from mass.generate import Rollout
-from mass.lora import expand, fresh
+from mass.lora import expand
 from mass.methods import METHODS, Method, solve
 from mass.optimizers import Rule
 from mass.practice import Practice, Sampling, pack_examples
-from mass.problems import Problem, Task
+from mass.problems import Problem
 from mass.prompts import Example, make_prompts
 from mass.schema import Guard, Knobs
-from mass.scorer import Scorer
 
 GRIDS = Problem(
     "g", "1 0\n0 0", (("1 2\n0 0", "0 0\n1 2"), ("3 0\n0 4", "0 4\n3 0"), ("5 5\n0 1", "0 1\n5 5")), True
@@ -41,29 +40,7 @@ PLAIN = Problem("p", "What is 4 + 3?")
 
 @pytest.fixture(scope="module")
 def kit() -> Kit:
-    lm = tiny_lm("llama")
-    draw = torch.Generator().manual_seed(1)
-    policy = fresh(lm.lora, 2, draw, torch.float64)
-    policy = {
-        key: x + 0.05 * torch.randn(x.shape, generator=draw, dtype=x.dtype) for key, x in policy.items()
-    }
-    return Kit(
-        lm,
-        make_prompts(lm.tokenizer, "plain"),
-        Rule("sgd", clip=1.0),
-        {key: torch.tensor(0.7, dtype=torch.float64) for key in policy},
-        Sampling(10, 1.0),
-        Sampling(8, 1.0),
-        examples=4,
-        steps=2,
-        max_growth=10.0,
-        policy=policy,
-        head=Scorer(lm.hf.config.hidden_size, 2, 8),
-        pool=[
-            Task(Problem(f"t{i}", f"What is {i} + 1?"), str(i + 1), f"Answer: {i + 1}", "sums", "exact")
-            for i in range(6)
-        ],
-    )
+    return tiny_kit(examples=4)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_lm
+from tiny import tiny_kit
 
 from mass import choices, chooser, fit, methods
 from mass.choices import Kit
@@ -17,13 +17,8 @@ from mass.choices.signals import signals
 from mass.chooser import Chooser
 from mass.errors import MassError
 from mass.generate import Rollout
-from mass.lora import fresh
 from mass.methods import solve
-from mass.optimizers import Rule
-from mass.practice import Sampling
 from mass.problems import Problem, Task
-from mass.prompts import make_prompts
-from mass.scorer import Scorer
 
 SURE = np.array([1.0, 0.0, 0.5, 0.0])
 TORN = np.array([0.0, 1.4, 0.5, 0.0])
@@ -31,20 +26,7 @@ TORN = np.array([0.0, 1.4, 0.5, 0.0])
 
 @pytest.fixture(scope="module")
 def kit() -> Kit:
-    lm = tiny_lm("llama")
-    policy = fresh(lm.lora, 2, torch.Generator().manual_seed(1), torch.float64)
-    return Kit(
-        lm,
-        make_prompts(lm.tokenizer, "plain"),
-        Rule("sgd", clip=1.0),
-        {key: torch.tensor(0.7, dtype=torch.float64) for key in policy},
-        Sampling(10, 1.0),
-        Sampling(8, 1.0),
-        examples=3,
-        policy=policy,
-        head=Scorer(lm.hf.config.hidden_size, 2, 8),
-        budget=200,
-    )
+    return tiny_kit(budget=200)
 
 
 def learned() -> Chooser:

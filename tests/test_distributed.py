@@ -3,7 +3,6 @@
 import json
 import math
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,6 @@ STAGES = (0, 1, 2, 3)
 LR = {"policy": 1e-2, "scorer": 1e-1, "inner_lr": 3e-2}
 CLIP, WARMUP = 1.0, 2
 OFFLOAD = False
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    with Ranks() as started:
-        yield started
 
 
 def groups(rates: bool = True) -> dict[str, dict[str, Tensor]]:

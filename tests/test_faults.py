@@ -1,45 +1,25 @@
 """What befalls a run of several ranks: one is killed, stopped, stuck, or fails by itself.
 
 In each case the others end within a minute and name the rank and the place, and the run goes on from its last save.
-Damage to saved files is in test_checkpoint.py, full disks, signals and gradients that are not finite in test_train.py, verifiers by
-themselves in test_rewards.py.
+Damage to saved files is in test_checkpoint.py, full disks, signals and gradients that are not finite in
+test_train_stops.py, verifiers by themselves in test_rewards.py.
 """
 
 import os
 import re
 import signal
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from chain import save_chain, save_problems
 from ranks import ROOT, Ranks
-from test_train import RECIPE, is_run_folder, log_of, tensors
+from runs import is_run_folder, log_of, tensors
 
 from mass import watchdog
 from mass.watchdog import Peer, Watchdog
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    with Ranks() as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("faults")
-    path = folder / "run.yaml"
-    path.write_text(
-        RECIPE.replace("CHAIN", str(save_chain(folder / "chain"))).replace(
-            "PROBLEMS", str(save_problems(folder / "problems.jsonl"))
-        )
-    )
-    return path
 
 
 def befallen(argv: list[str], place: str, rank: int, what: str) -> None:

@@ -156,12 +156,6 @@ def test_too_little_memory_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    with Ranks() as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """A call on 22 problems (and a line that is none) that really adapts."""
     folder = tmp_path_factory.mktemp("filerun")

@@ -3,6 +3,7 @@
 from functools import cache
 
 import pytest
+import references
 import torch
 import worlds
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -83,7 +84,7 @@ def test_a_sliding_window_matters_here() -> None:
 def test_gradient_plain_and_blockwise_equal_autograd_through_the_models_logits(name: str) -> None:
     world = world_of(name)
     leaf = {key: x.clone().requires_grad_() for key, x in world.start.items()}
-    want_TN = worlds.plain_loss(world.hf, world.layers, world.examples, leaf)
+    want_TN = references.plain_loss(world.hf, world.layers, world.examples, leaf)
     value = (world.weight_TN * want_TN).sum()
     want = dict(zip(leaf, torch.autograd.grad(value, list(leaf.values())), strict=True))
     for parts in (None, world.parts):

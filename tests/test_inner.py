@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import references
 import torch
 import worlds
 from torch import nn
@@ -34,7 +35,7 @@ def test_steps_equal_torch_optim_on_each_task_alone(rule: Rule, parts: bool) -> 
             else torch.optim.Adam(own.values(), lr=rate, betas=(rule.beta1, rule.beta2), eps=rule.eps)
         )
         for k in range(K):
-            loss_TN = worlds.plain_loss(world.hf, world.layers, alone.examples, own)
+            loss_TN = references.plain_loss(world.hf, world.layers, alone.examples, own)
             assert error(trajectory.steps[k].loss_TN[t : t + 1], loss_TN.detach()) < 1e-9
             assert error(lora.select(trajectory.steps[k].adapter, [t]), detached(own)) < 1e-9
             optimizer.zero_grad()

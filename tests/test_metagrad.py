@@ -1,22 +1,17 @@
-"""Meta-gradients: every engine against unrolling, numeric differences, closed forms, and the two peers."""
+"""Meta-gradients: every engine against unrolling, numeric differences and closed forms."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from typing import Any
 
-import higher
 import pytest
+import references
 import torch
-import torchopt
 import worlds
-from test_forward import foreign
-from torch import Tensor, nn
-from worlds import ARCHITECTURES, ENGINES, EXACT, RULES, STEPS, World, dot, error, meta
+from torch import Tensor
+from worlds import ENGINES, EXACT, RULES, STEPS, World, dot, error, meta
 
-from mass import blocks, forward, inner, lora, metagrad, model, optimizers, scorer
-from mass.batch import pack
-from mass.errors import MassError
+from mass import blocks, inner, lora, metagrad, optimizers, scorer
 from mass.inner import Step
 from mass.lora import Adapter
 from mass.optimizers import Rule
@@ -46,7 +41,7 @@ def full(engine: str, rule: str, K: int) -> metagrad.MetaGradient:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_engine_equals_unrolling_and_numeric_differences(engine: str, rule: str, K: int) -> None:
     got = full(engine, rule, K)
-    truth, numeric = worlds.truth(rule, K), worlds.numeric(rule, K)
+    truth, numeric = references.truth(rule, K), references.numeric(rule, K)
     assert got.init is not None and got.lr is not None
     assert error(got.weight_TN, truth.weight_TN) < BOUND[engine]
     assert error(got.init, truth.init) < BOUND[engine]
@@ -67,7 +62,7 @@ def test_clip_that_cuts_some_tasks_only(engine: str, limit: str) -> None:
     rule = Rule("sgd", clip=((clip[0] + clip[1]) / 2 if limit == "one task" else clip[1] * 1.5).item())
     assert worlds.loop(world, rule, lr, 2).clipped_T.sum() == (1 if limit == "one task" else 0)
     got = meta(world, engine, rule, 0.3, 2, need_init=True)
-    truth = worlds.unroll(world, rule, 0.3, 2)
+    truth = references.unroll(world, rule, 0.3, 2)
     assert got.init is not None
     assert error(got.weight_TN, truth.weight_TN) < 1e-11
     assert error(got.init, truth.init) < 1e-11
@@ -77,7 +72,7 @@ def test_the_loss_that_is_differentiated_is_the_loss_of_the_loop() -> None:
     world = worlds.shared()
     for rule, (own, lr) in RULES.items():
         ours = worlds.outer_loss(world, worlds.loop(world, own, worlds.rates(world, lr), 5).adapter)
-        assert error(ours, worlds.truth(rule, 5).loss_T) < 1e-12
+        assert error(ours, references.truth(rule, 5).loss_T) < 1e-12
 
 
 def test_finite_difference_blockwise_passes_give_the_same_numbers() -> None:
@@ -101,118 +96,10 @@ def test_finite_difference_error_falls_with_its_order() -> None:
         engine = metagrad.finite_difference(
             world.hf, world.layers, world.packed, world.weight_TN, central=central, radius=radius
         )
-        return error(metagrad.sweep(engine, trajectory, lam).weight_TN, worlds.truth("sgd", 2).weight_TN)
+        return error(metagrad.sweep(engine, trajectory, lam).weight_TN, references.truth("sgd", 2).weight_TN)
 
     assert 50 < off(True, 1e-2) / off(True, 1e-3) < 200
     assert 5 < off(False, 1e-2) / off(False, 1e-3) < 20
-
-
-# ---- the peers: a plain module of LoRA parameters, one task at a time
-
-
-class Fast(nn.Module):
-    """One task's adapter as ordinary parameters; called, it gives that task's weighted inner loss."""
-
-    def __init__(self, world: World) -> None:
-        super().__init__()
-        # within it the model is no submodule: its weights are no parameters of the inner loop
-        self.world = world
-        self.named = {key.replace(".", "_"): key for key in world.start}
-        for name, key in self.named.items():
-            self.register_parameter(name, nn.Parameter(world.start[key].clone()))
-
-    def adapter(self) -> Adapter:
-        return {key: getattr(self, name) for name, key in self.named.items()}
-
-    def forward(self, weight_TN: Tensor, outer: bool = False) -> Tensor:
-        world = self.world
-        if outer:
-            return worlds.plain_loss(world.hf, world.layers, world.targets, self.adapter()).sum()
-        loss_TN = worlds.plain_loss(world.hf, world.layers, world.examples, self.adapter())
-        return (weight_TN * loss_TN).sum() / weight_TN.shape[1]
-
-
-# eps_root as both libraries have it is 0; eps is too small to matter, since higher adds it in another place
-PEER_RULES = {
-    "sgd": (Rule("sgd"), 0.3),
-    "momentum": (Rule("sgd", momentum=0.9), 0.3),
-    "momentum clip": (Rule("sgd", momentum=0.9, clip=0.3), 0.3),
-    "adam": (Rule("adam", eps=1e-14), 0.005),
-    "adam eps_root": (Rule("adam", eps_root=1e-6), 0.02),
-}
-
-
-def per_task(world: World, one: Callable[[World], tuple[Tensor, Adapter]]) -> tuple[Tensor, Adapter]:
-    """Weight and initial gradients of each task alone, put together again."""
-    got = [one(world.task(t)) for t in range(len(world.examples))]
-    return torch.cat([w for w, _ in got]), {key: torch.cat([a[key] for _, a in got]) for key in world.start}
-
-
-# cold Adam with one step has no gradient by the weights: it has a test of its own
-@pytest.mark.parametrize(
-    "rule_name,K",
-    [(r, k) for r in ("sgd", "momentum", "momentum clip", "adam") for k in STEPS if (r, k) != ("adam", 1)],
-)
-def test_engines_equal_higher(rule_name: str, K: int) -> None:
-    rule, lr = PEER_RULES[rule_name]
-
-    def clip(grads: list[Tensor]) -> list[Tensor]:
-        if rule.clip is None:
-            return grads
-        norm = torch.cat([g.flatten() for g in grads]).norm()
-        return [g * torch.clamp(rule.clip / (norm + 1e-6), max=1.0) for g in grads]
-
-    def one(world: World) -> tuple[Tensor, Adapter]:
-        fast, weight = Fast(world), world.weight_TN.requires_grad_()
-        own = (
-            torch.optim.SGD(fast.parameters(), lr=lr, momentum=rule.momentum)
-            if rule.kind == "sgd"
-            else torch.optim.Adam(fast.parameters(), lr=lr, eps=rule.eps)
-        )
-        with higher.innerloop_ctx(fast, own, copy_initial_weights=False) as (patched, optimizer):
-            for _ in range(K):
-                optimizer.step(patched(weight), grad_callback=clip)
-            by = torch.autograd.grad(patched(weight, outer=True), [weight, *fast.parameters()])
-        return by[0], dict(zip(fast.named.values(), by[1:], strict=True))
-
-    # without eps_root both take the difference of two nearly equal numbers
-    check_peer(per_task(worlds.shared(), one), rule, lr, K, 1e-6 if rule.kind == "adam" else 1e-10)
-
-
-@pytest.mark.parametrize("K", STEPS)
-@pytest.mark.parametrize("rule_name", ["sgd", "momentum", "adam eps_root"])
-def test_engines_equal_torchopt(rule_name: str, K: int) -> None:
-    rule, lr = PEER_RULES[rule_name]
-
-    def one(world: World) -> tuple[Tensor, Adapter]:
-        fast, weight = Fast(world), world.weight_TN.requires_grad_()
-        start = list(fast.parameters())
-        # (its bias corrections are computed in the default dtype: `double` below)
-        optimizer = (
-            torchopt.MetaSGD(fast, lr=lr, momentum=rule.momentum)
-            if rule.kind == "sgd"
-            else torchopt.MetaAdam(fast, lr=lr, eps=rule.eps, eps_root=rule.eps_root)
-        )
-        for _ in range(K):
-            optimizer.step(fast(weight))
-        by = torch.autograd.grad(fast(weight, outer=True), [weight, *start])
-        return by[0], dict(zip(fast.named.values(), by[1:], strict=True))
-
-    world = worlds.shared()
-    torch.set_default_dtype(torch.float64)
-    try:
-        peer = per_task(world, one)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    check_peer(peer, rule, lr, K, 1e-10)
-
-
-def check_peer(peer: tuple[Tensor, Adapter], rule: Rule, lr: float, K: int, bound: float) -> None:
-    for engine in ("reverse", "blockwise") if K == 2 else ("reverse",):
-        got = meta(worlds.shared(), engine, rule, lr, K, need_init=True)
-        assert got.init is not None
-        assert error(got.weight_TN, peer[0]) < bound
-        assert error(got.init, peer[1]) < bound
 
 
 # ---- closed forms
@@ -227,7 +114,7 @@ def test_one_sgd_step_has_the_closed_form(engine: str) -> None:
 
     def grad(rows: list[list[Any]], adapter: Adapter) -> Adapter:
         leaf = {key: x.detach().requires_grad_() for key, x in adapter.items()}
-        loss = worlds.plain_loss(world.hf, world.layers, rows, leaf).sum()
+        loss = references.plain_loss(world.hf, world.layers, rows, leaf).sum()
         return dict(zip(leaf, torch.autograd.grad(loss, list(leaf.values())), strict=True))
 
     want = torch.zeros_like(got)
@@ -337,7 +224,10 @@ def test_score_gradient_equals_numeric_differences_through_the_scores() -> None:
     world, h = worlds.shared(), 1e-5
     rule, lr = RULES["momentum"]
     got = scorer.score_gradient(
-        world.score_TN, world.valid_TN, 0.5, worlds.unroll(at_temperature(world, 0.5), rule, lr, 2).weight_TN
+        world.score_TN,
+        world.valid_TN,
+        0.5,
+        references.unroll(at_temperature(world, 0.5), rule, lr, 2).weight_TN,
     )
     ours = scorer.score_gradient(
         world.score_TN,
@@ -439,7 +329,7 @@ def test_truncation(engine: str, rule: str) -> None:
         same = meta(world, engine, own, lr, K, last_steps=last, need_init=True)
         assert torch.equal(same.weight_TN, whole.weight_TN)
     got = meta(world, engine, own, lr, K, last_steps=1, need_lr=True)
-    want = worlds.unroll(world, own, lr, K, last_steps=1)
+    want = references.unroll(world, own, lr, K, last_steps=1)
     assert got.lr is not None and got.init is None
     assert error(got.weight_TN, want.weight_TN) < 1e-11
     assert error(got.lr, want.lr) < 1e-11
@@ -477,338 +367,3 @@ def test_each_key_may_have_its_own_rate() -> None:
             for sign, own in ((1, up), (-1, down))
         ) / torch.tensor(2e-5)
         assert abs(got.lr[key] - want) < 1e-8 + 1e-6 * abs(want)
-
-
-@pytest.mark.parametrize(
-    "engine,rule",
-    [
-        *((e, "momentum") for e in ENGINES),
-        *((e, r) for e in ("reverse", "blockwise") for r in ("sgd", "adam")),
-    ],
-)
-def test_tasks_at_once_equal_one_by_one(engine: str, rule: str) -> None:
-    world = three_tasks()
-    own, lr = RULES[rule]
-    together = meta(world, engine, own, lr, 2, need_init=True, need_lr=True)
-    alone = [meta(world.task(t), engine, own, lr, 2, need_init=True, need_lr=True) for t in range(3)]
-    bound = {"central": 1e-7, "one-sided": 1e-6}.get(engine, 1e-11)
-    assert error(together.weight_TN, torch.cat([one.weight_TN for one in alone])) < bound
-    for key in world.start:
-        init, lr_of = [one.init or {} for one in alone], [one.lr or {} for one in alone]
-        assert together.init is not None and together.lr is not None
-        assert error(together.init[key], torch.cat([x[key] for x in init])) < 100 * bound
-        assert error(together.lr[key], torch.stack([x[key] for x in lr_of]).sum(0)) < 1e4 * bound
-
-
-def three_tasks() -> World:
-    """One task of long examples, one of short, one with a single example: packed, they share no row shape."""
-    world = worlds.make(tasks=3)
-    g = torch.Generator().manual_seed(11)
-    examples = [
-        worlds.sequences(g, 3, 12, 20, 5),
-        worlds.sequences(g, 3, 5, 8, 2),
-        [None, *worlds.sequences(g, 1, 8, 9, 3), None],
-    ]
-    return worlds.with_examples(world, examples, world.targets)
-
-
-@pytest.mark.parametrize("K", [1, 2])
-@pytest.mark.parametrize("engine", ENGINES)
-def test_a_task_without_any_example_has_zeros_and_disturbs_nobody(engine: str, K: int) -> None:
-    world, (rule, lr) = worlds.shared(), RULES["momentum"]
-    emptied = worlds.with_examples(world, [world.examples[0], [None, None, None]], world.targets)
-    got = meta(emptied, engine, rule, lr, K, need_init=True, need_lr=True)
-    whole = full(engine, "momentum", K)
-    assert got.init is not None and got.lr is not None and whole.init is not None
-    assert (got.weight_TN[1] == 0).all()
-    assert error(got.weight_TN[0], whole.weight_TN[0]) < BOUND[engine]
-    assert error(lora.select(got.init, [0]), lora.select(whole.init, [0])) < BOUND[engine]
-    # its adapter does not move: dL/dphi_0 = dL/dphi_K
-    trajectory = worlds.loop(emptied, rule, worlds.rates(emptied, lr), K)
-    for key, x in worlds.outer_grad(emptied, trajectory.adapter).items():
-        assert torch.equal(trajectory.adapter[key][1], world.start[key][1])
-        assert torch.allclose(got.init[key][1], x[1], rtol=1e-12, atol=0)
-    assert all(torch.isfinite(value) for value in got.lr.values())
-
-
-@pytest.mark.parametrize("rule", ["momentum", "adam"])
-@pytest.mark.parametrize("engine", ENGINES)
-def test_no_example_at_all_gives_zeros(engine: str, rule: str) -> None:
-    world, (own, lr), K = worlds.shared(), RULES[rule], 2
-    empty = worlds.with_examples(world, [[None] * 3, [None] * 3], world.targets)
-    assert empty.packed.label_M.numel() == 0
-    trajectory = worlds.loop(empty, own, worlds.rates(empty, lr), K)
-    lam = worlds.outer_grad(empty, trajectory.adapter)
-    got = metagrad.sweep(
-        worlds.products(empty, engine, empty.weight_TN), trajectory, lam, need_init=True, need_lr=True
-    )
-    assert got.init is not None and got.lr is not None
-    assert got.weight_TN.shape == (2, 3) and (got.weight_TN == 0).all()
-    assert all((value == 0).all() for value in got.lr.values())
-    assert error(got.init, lam) == 0
-    assert error(trajectory.adapter, world.start) == 0
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-def test_zero_outer_gradient_gives_zeros(engine: str) -> None:
-    """An outer loss of zero (all G answers right, say) has no credit; finite differences have no direction then."""
-    world, (rule, lr) = worlds.shared(), RULES["adam"]
-    trajectory = worlds.loop(world, rule, worlds.rates(world, lr), 2)
-    zero = {key: torch.zeros_like(x) for key, x in world.start.items()}
-    got = metagrad.sweep(
-        worlds.products(world, engine, world.weight_TN), trajectory, zero, need_init=True, need_lr=True
-    )
-    assert got.init is not None and got.lr is not None
-    assert (got.weight_TN == 0).all()
-    assert all((x == 0).all() for x in (*got.init.values(), *got.lr.values()))
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-def test_fresh_adapter(engine: str) -> None:
-    """B = 0: A has no first gradient, Adam divides zero by zero, and the meta-gradient must stay finite and right."""
-    world = worlds.shared()
-    start = {key: x if key.endswith(".A") else torch.zeros_like(x) for key, x in world.start.items()}
-    world = replace(world, start=start)
-    rule, lr = RULES["adam"]
-    got, want = meta(world, engine, rule, lr, 2, need_init=True), worlds.unroll(world, rule, lr, 2)
-    assert got.init is not None
-    assert error(got.weight_TN, want.weight_TN) < 10 * BOUND[engine]
-    assert error(got.init, want.init) < 10 * BOUND[engine]
-    # no eps_root: sqrt at exactly zero
-    got = meta(world, engine, Rule("adam"), 0.02, 2, need_init=True)
-    assert got.init is not None and torch.isfinite(got.weight_TN).all()
-    assert all(torch.isfinite(x).all() for x in got.init.values())
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-def test_nothing_is_left_behind(engine: str) -> None:
-    """No gradient on the frozen weights, nothing in the slots, the trajectory as it was, and twice the same result."""
-    world, (rule, lr) = worlds.shared(), RULES["sgd"]
-    trajectory = worlds.loop(world, rule, worlds.rates(world, lr), 2)
-    before = {key: x.clone() for key, x in trajectory.steps[0].adapter.items()}
-    lam = worlds.outer_grad(world, trajectory.adapter)
-    first, second = (
-        metagrad.sweep(worlds.products(world, engine, world.weight_TN), trajectory, lam, need_init=True)
-        for _ in range(2)
-    )
-    assert torch.equal(first.weight_TN, second.weight_TN)
-    assert not first.weight_TN.requires_grad
-    assert first.init is not None and not any(x.requires_grad for x in first.init.values())
-    assert all(parameter.grad is None and not parameter.requires_grad for parameter in world.hf.parameters())
-    assert all(layer.slot is None for layer in world.layers.values())
-    assert all(torch.equal(x, before[key]) for key, x in trajectory.steps[0].adapter.items())
-    assert not any(x.requires_grad for step in trajectory.steps for x in step.adapter.values())
-    assert "forward" not in vars(world.parts.blocks[0])
-
-
-# ---- architectures
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-@pytest.mark.parametrize("engine", ["reverse", "blockwise", "central"])
-def test_architectures(engine: str, name: str) -> None:
-    world, want = architecture(name)
-    got = meta(world, engine, *RULES["momentum"], 2, need_init=True)
-    assert got.init is not None
-    assert error(got.weight_TN, want.weight_TN) < (1e-10 if engine in EXACT else 1e-6)
-    assert error(got.init, want.init) < (1e-10 if engine in EXACT else 1e-6)
-
-
-@cache
-def architecture(name: str) -> tuple[World, worlds.Truth]:
-    world = worlds.make(name)
-    return world, worlds.unroll(world, *RULES["momentum"], 2)
-
-
-@pytest.mark.parametrize(
-    "kind,settings",
-    [
-        ("phi", {}),
-        ("gemma2", {"head_dim": 8, "sliding_window": 4}),
-        ("olmo2", {}),
-        # norms that call F.layer_norm themselves, or are subclasses of nn.LayerNorm
-        ("olmo", {}),
-        ("nemotron", {}),
-    ],
-)
-def test_blockwise_on_other_architectures_is_right_or_refused(kind: str, settings: dict[str, int]) -> None:
-    try:
-        world = worlds.populate(foreign(kind, vocab_size=260, **settings), 2, torch.float32)
-    except MassError:
-        return
-    got = [meta(world, engine, *RULES["sgd"], 2).weight_TN for engine in ("blockwise", "reverse")]
-    assert error(*got) < 1e-4
-
-
-# ---- precision
-
-
-FAMILIES = ["llama", "qwen3", "gemma3", "gpt_neox"]
-
-
-@cache
-def rounded(name: str, dtype: torch.dtype) -> tuple[World, worlds.Truth]:
-    """A world in that dtype and its truth: the same (rounded) weights in float64 throughout."""
-    world = worlds.make_huggingface(name, dtype)
-    return world, worlds.unroll(worlds.in_float64(world), *RULES["momentum"], 2)
-
-
-@pytest.mark.parametrize("rule", ["momentum", "adam"])
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("engine", ["reverse", "blockwise"])
-def test_error_in_float64_on_hugging_face_models(engine: str, name: str, rule: str) -> None:
-    """Their RMS norms round to fp32 on the way, which Adam's curvature enlarges (the unrolled gradient itself is then
-    1e-5 off what pure float64 gives). Against the same model unrolled, which rounds alike in the forward pass.
-    """
-    world = worlds.make_huggingface(name, torch.float64)
-    got = meta(world, engine, *RULES[rule], 2, need_init=True)
-    want = worlds.unroll(world, *RULES[rule], 2, packed=True)
-    bound = 1e-12 if engine == "reverse" else {"momentum": 1e-7, "adam": 2e-6}[rule]
-    assert got.init is not None
-    assert error(got.weight_TN, want.weight_TN) < bound
-    assert error(got.init, want.init) < bound
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("engine", ENGINES)
-def test_error_in_float32(engine: str, name: str) -> None:
-    """Seen: exact engines 1e-6, central differences 7e-3, one-sided 6e-3."""
-    world, want = rounded(name, torch.float32)
-    got = meta(world, engine, *RULES["momentum"], 2, need_init=True)
-    assert got.init is not None and got.weight_TN.dtype == torch.float32
-    bound = 1e-4 if engine in EXACT else 3e-2
-    assert error(got.weight_TN, want.weight_TN) < bound
-    assert error(got.init, want.init) < bound
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("engine", EXACT)
-def test_error_with_a_bf16_base(engine: str, name: str) -> None:
-    """fp32 adapter and adjoint over a bf16 base. Seen: 0.4 % to 3 % for the weights."""
-    world, want = rounded(name, torch.bfloat16)
-    got = meta(world, engine, *RULES["momentum"], 2, need_init=True)
-    assert got.init is not None and got.weight_TN.dtype == torch.float32
-    assert all(x.dtype == torch.float32 for x in got.init.values())
-    assert error(got.weight_TN, want.weight_TN) < 0.1
-    assert error(got.init, want.init) < 0.1
-
-
-@pytest.mark.parametrize("engine,bound", [("central", 0.25), ("one-sided", 1.0)])
-def test_error_of_finite_differences_with_a_bf16_base(engine: str, bound: float) -> None:
-    for name in FAMILIES:
-        world, want = rounded(name, torch.bfloat16)
-        got = meta(world, engine, *RULES["momentum"], 2)
-        assert error(got.weight_TN, want.weight_TN) < bound, name
-
-
-# ---- what must be off inside the sweep
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-def test_train_mode_is_refused(engine: str) -> None:
-    """Dropout would differ between the passes of which one gradient is made."""
-    world = worlds.make(attention_dropout=0.5)
-    rule, lr = RULES["sgd"]
-    trajectory = worlds.loop(world, rule, worlds.rates(world, lr), 2)
-    lam = worlds.outer_grad(world, trajectory.adapter)
-    world.hf.train()
-    with pytest.raises(MassError, match="train mode"):
-        metagrad.sweep(worlds.products(world, engine, world.weight_TN), trajectory, lam)
-    for parts in (None, world.parts):
-        with pytest.raises(MassError, match="train mode"):
-            worlds.gradient(world, world.weight_TN, parts)(world.start)
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
-def test_dropout_in_the_config_has_no_effect_in_eval_mode(name: str) -> None:
-    quiet, noisy = worlds.make(name), worlds.make(name, attention_dropout=0.5, hidden_dropout=0.5)
-    for engine in EXACT:
-        assert torch.equal(
-            meta(noisy, engine, *RULES["sgd"], 2).weight_TN, meta(quiet, engine, *RULES["sgd"], 2).weight_TN
-        )
-
-
-def test_models_are_handed_out_in_eval_mode() -> None:
-    lm = model.language_model(
-        "tiny:llama", lora.LoraShape(2, 4.0, ("all-linear",)), dtype="fp32", device="cpu"
-    )
-    assert not any(module.training for module in lm.hf.modules() if not isinstance(module, lora.LoraLinear))
-    assert not any(parameter.requires_grad for parameter in lm.hf.parameters())
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-def test_no_cache_is_made(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`use_cache` of the config is on; the passes turn it off, since a cache would make a second pass see the first."""
-    world, (rule, lr) = worlds.shared(), RULES["sgd"]
-    assert world.hf.config.use_cache
-    trajectory = worlds.loop(world, rule, worlds.rates(world, lr), 2)
-    given: list[Any] = []
-    hook = world.hf.model.layers[0].self_attn.register_forward_pre_hook(
-        lambda module, args, kwargs: given.append(kwargs.get("cache")), with_kwargs=True
-    )
-    try:
-        metagrad.sweep(
-            worlds.products(world, engine, world.weight_TN),
-            trajectory,
-            worlds.outer_grad(world, trajectory.adapter),
-        )
-    finally:
-        hook.remove()
-    assert given and all(value is None for value in given)
-
-
-@pytest.mark.parametrize("engine", EXACT)
-def test_chunks_of_the_head_change_nothing(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    world = worlds.shared()
-    whole = meta(world, engine, *RULES["sgd"], 2, need_init=True)
-    monkeypatch.setitem(forward.CHUNK_ROWS, "cpu", 7)
-    assert forward.chunk_rows(world.hf) == 7 < world.packed.label_M.numel()
-    parts = meta(world, engine, *RULES["sgd"], 2, need_init=True)
-    assert whole.init is not None and parts.init is not None
-    assert error(parts.weight_TN, whole.weight_TN) < 1e-12
-    assert error(parts.init, whole.init) < 1e-12
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-def test_part_of_the_layers_may_have_adapters(engine: str) -> None:
-    """Adapters on two kinds of layers; the last block has none at all, and so nothing to give."""
-    own = worlds.make()
-    keep = [n for n in own.layers if "layers.0." in n and n.endswith(("q_proj", "down_proj"))]
-    lora.detach(own.hf, own.layers)
-    layers = lora.attach(own.hf, lora.LoraShape(2, 4.0, tuple(keep)))
-    assert list(layers) == keep
-    small = replace(
-        own,
-        layers=layers,
-        parts=blocks.split(own.hf, layers),
-        start={key: x for key, x in own.start.items() if key.rpartition(".")[0] in keep},
-    )
-    got = meta(small, engine, *RULES["sgd"], 2, need_init=True)
-    want = worlds.unroll(small, *RULES["sgd"], 2)
-    assert got.init is not None
-    assert error(got.weight_TN, want.weight_TN) < BOUND[engine]
-    assert error(got.init, want.init) < BOUND[engine]
-
-
-def test_packing_changes_nothing() -> None:
-    """The meta-gradient of examples one to a row equals that of packed ones."""
-    world = worlds.shared()
-    rows = replace(world, packed=pack(world.examples, 0, row=1))
-    assert rows.packed.tokens_TPS.shape[1] == 3 > world.packed.tokens_TPS.shape[1]
-    for engine in EXACT:
-        apart, together = (meta(w, engine, *RULES["sgd"], 2).weight_TN for w in (rows, world))
-        assert error(apart, together) < 1e-11
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-def test_a_shared_prefix_changes_nothing(engine: str) -> None:
-    """Examples that begin alike, with that prefix once in a row under an explicit mask."""
-    world = worlds.shared()
-    world = worlds.with_examples(world, worlds.alike(world.examples), world.targets)
-    once = replace(world, packed=pack(world.examples, 0, share=True))
-    assert once.packed.mask_B1SS is not None and once.packed.size < world.packed.size
-    got = meta(once, engine, *RULES["sgd"], 2, need_init=True)
-    want = worlds.unroll(world, *RULES["sgd"], 2)
-    assert got.init is not None
-    assert error(got.weight_TN, want.weight_TN) < BOUND[engine]
-    assert error(got.init, want.init) < BOUND[engine]

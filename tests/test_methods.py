@@ -7,21 +7,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_lm
+from tiny import tiny_kit
 
 from mass import choices, methods
 from mass.choices import Gated, Kit
 from mass.errors import MassError
 from mass.generate import Rollout
-from mass.lora import fresh, using
+from mass.lora import using
 from mass.methods import METHODS, Method, Record, solve
 from mass.model import LanguageModel
 from mass.optimizers import Rule
-from mass.practice import Practice, Sampling, pack_examples
-from mass.problems import Problem, Task
-from mass.prompts import Example, make_prompts
+from mass.practice import Practice, pack_examples
+from mass.problems import Problem
+from mass.prompts import Example
 from mass.rewards import find_answer, vote
-from mass.scorer import Scorer
 
 PROBLEMS = [
     Problem("a", "What is 4 + 3?"),
@@ -41,30 +40,7 @@ GOOD: dict[str, list[Any]] = {
 
 @pytest.fixture(scope="module")
 def kit() -> Kit:
-    lm = tiny_lm("llama")
-    generator = torch.Generator().manual_seed(1)
-    policy = fresh(lm.lora, 2, generator, torch.float64)
-    # a policy that is not the base model
-    policy = {
-        key: x + 0.05 * torch.randn(x.shape, generator=generator, dtype=x.dtype) for key, x in policy.items()
-    }
-    return Kit(
-        lm,
-        make_prompts(lm.tokenizer, "plain"),
-        Rule("sgd", clip=1.0),
-        {key: torch.tensor(0.7, dtype=torch.float64) for key in policy},
-        Sampling(10, 1.0),
-        Sampling(8, 1.0),
-        examples=3,
-        steps=2,
-        max_growth=10.0,
-        policy=policy,
-        head=Scorer(lm.hf.config.hidden_size, 2, 8),
-        pool=[
-            Task(Problem(f"t{i}", f"What is {i} + 1?"), str(i + 1), f"Answer: {i + 1}", "sums", "exact")
-            for i in range(6)
-        ],
-    )
+    return tiny_kit()
 
 
 @pytest.fixture

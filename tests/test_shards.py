@@ -1,7 +1,7 @@
 """The sharded base against the whole one: the same numbers, whatever the other ranks do meanwhile, and a part of it in memory."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny
 from torch import Tensor
 
+import mass.tiny
 from mass import blocks, distributed, model, scorer, weights
 from mass.batch import Packed, Sequence, pack
 from mass.checkpoint import fingerprint
@@ -27,12 +28,6 @@ from mass.shards import ShardedEmbedding, ShardedLinear, Shards, _chosen
 
 SHAPE = LoraShape(2, 4.0, ("all-linear",))
 T, N = 2, 3
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    with Ranks() as started:
-        yield started
 
 
 def sharded(
@@ -275,7 +270,7 @@ def test_a_sharded_base_gives_the_whole_one_s_numbers_whatever_the_ranks_do(
     ranks: Ranks, tmp_path: Path, world: int, architectures: list[str]
 ) -> None:
     for architecture in ("gpt_neox", "gemma3"):
-        hf, tokenizer = model.tiny(architecture, vocab_size=270)
+        hf, tokenizer = mass.tiny.tiny(architecture, vocab_size=270)
         # several files and an index; gpt_neox's names in files are older than its names in the model
         hf.save_pretrained(tmp_path / architecture, max_shard_size="100KB")
         tokenizer.save_pretrained(tmp_path / architecture)
@@ -290,7 +285,7 @@ def test_the_rank_that_got_least_goes_first_and_nobody_starves() -> None:
 
 
 def test_files_that_do_not_fit_the_model_are_named(tmp_path: Path) -> None:
-    hf, _ = model.tiny("llama")
+    hf, _ = mass.tiny.tiny("llama")
     hf.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     tensors = load_file(file)

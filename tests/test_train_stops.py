@@ -1,0 +1,131 @@
+"""Runs that are stopped by a signal, by gradients that are not finite, or by a full disk."""
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import Ranks
+from runs import is_run_folder, log_of, one_sentence, step_of, tensors
+
+
+def disturbed(argv: list[str], what: str, steps: list[int], rank: int) -> None:
+    """`mass-train` in which this happens at these steps: gradients become NaN, or a signal comes, on one rank only."""
+    from mass import episode
+    from mass.train import main
+
+    whole = episode.run
+
+    def run(setting: Any, tasks: Any, step: int, *arguments: Any, **more: Any) -> Any:
+        result = whole(setting, tasks, step, *arguments, **more)
+        if step in steps and int(os.environ["RANK"]) == rank:
+            if what == "nan":
+                result.gradients["scorer/net.0.bias"][1] = float("nan")
+            else:
+                os.kill(os.getpid(), getattr(signal, what))
+        return result
+
+    episode.run = run
+    main(argv)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_sigterm_stops_one_process_with_a_save(ranks: Ranks, recipe: Path, tmp_path: Path) -> None:
+    own = [str(recipe), f"run.folder={tmp_path}", "save.every=50"]
+    done = ranks("test_train_stops:disturbed", own, "SIGTERM", [1], 0).good()
+    is_run_folder(tmp_path / "run", [2])
+    assert "stopped at step 2 on request; run.resume=auto continues" in done.out[0]
+    assert "stopping after this step" in done.err[0]
+    ranks("mass.train:main", [*own, "run.resume=auto"]).good()
+    is_run_folder(tmp_path / "run", [2, 3])
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_a_signal_to_one_rank_stops_all_and_rank_0_says_so(
+    ranks: Ranks, recipe: Path, tmp_path: Path
+) -> None:
+    own = [str(recipe), f"run.folder={tmp_path}", "save.every=50"]
+    done = ranks("test_train_stops:disturbed", own, "SIGTERM", [0], 1, world=2).good()
+    is_run_folder(tmp_path / "run", [1])
+    assert "stopped at step 1 on request" in done.out[0]
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_gradients_that_are_not_finite_are_skipped_counted_and_end_the_run(
+    ranks: Ranks, recipe: Path, tmp_path: Path
+) -> None:
+    """On two ranks, of which the second alone has them."""
+    own = [str(recipe), f"run.folder={tmp_path}", "outer.steps=5"]
+    done = ranks(
+        "test_train_stops:disturbed",
+        [*own, "run.name=some", "outer.max_skipped=2"],
+        "nan",
+        [1, 3],
+        1,
+        world=2,
+    ).good()
+    assert [entry.get("meta/skipped_steps") for entry in log_of(tmp_path / "some")] == [0, 1, 1, 2, 2, None]
+    assert "WARNING: step 2 was skipped: its gradient was not finite (1 skipped so far)" in done.out[0]
+    saved = [tensors(step_of(tmp_path / "some", step)) for step in (1, 2, 3)]
+    for key in saved[0]:
+        if key != "optimizer outer_steps":
+            assert torch.equal(saved[0][key], saved[1][key]), key
+    assert not torch.equal(saved[1]["scorer net.4.weight"], saved[2]["scorer net.4.weight"])
+    assert all(torch.isfinite(x).all() for x in tensors(step_of(tmp_path / "some", 5)).values())
+
+    more = [*own, "run.name=all", "outer.max_skipped=2", "save.every=2"]
+    done = ranks("test_train_stops:disturbed", more, "nan", [2, 3, 4], 1, world=2)
+    text = one_sentence(done, "2 outer steps in a row", "outer.max_skipped", f"{tmp_path}/all/step_000002")
+    assert text.count("\n") == 0
+    is_run_folder(tmp_path / "all", [2])
+    assert len(log_of(tmp_path / "all")) == 4
+
+    done = ranks("test_train_stops:disturbed", [*own, "run.name=none", "outer.max_skipped=1"], "nan", [0], 0)
+    one_sentence(done, "1 outer steps in a row", "nothing was saved")
+    assert not list((tmp_path / "none").glob("step_*"))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system that takes one save and a part of the next."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=640k", "tmpfs", str(folder)], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_full_disk_while_saving_loses_nothing_that_was_saved(
+    ranks: Ranks, recipe: Path, small_disk: Path, world: int
+) -> None:
+    own = [str(recipe), f"run.folder={small_disk}", "log.tensorboard=false"]
+    one = ranks("mass.train:main", [*own, "outer.steps=1"], world=world).good()
+    assert "done" in one.out[0]
+    # room for two thirds of another save
+    size = sum(path.stat().st_size for path in step_of(small_disk / "run", 1).rglob("*") if path.is_file())
+    stat = os.statvfs(small_disk)
+    filler = stat.f_bavail * stat.f_frsize - size * 2 // 3
+    assert filler > 0, "the disk is too small for the test"
+    (small_disk / "filler").write_bytes(b"x" * filler)
+    before = tensors(step_of(small_disk / "run", 1))
+    done = ranks("mass.train:main", [*own, "run.resume=auto"], world=world)
+    one_sentence(done, "no space left while saving step_000002", "step_000001 and earlier saves are safe")
+    is_run_folder(small_disk / "run", [1], tensorboard=False)
+    assert tensors(step_of(small_disk / "run", 1)).keys() == before.keys()
+    (small_disk / "filler").unlink()
+    ranks("mass.train:main", [*own, "run.resume=auto", "outer.steps=2", "save.keep=1"], world=world).good()
+    is_run_folder(small_disk / "run", [2], tensorboard=False)
