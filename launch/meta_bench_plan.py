@@ -43,12 +43,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "tiny": {
         "recipe": "smoke",
         "set": ["outer.tasks=4", "generate.examples=6", "generate.max_new_tokens=32", "inner.checkpoint=false"],
-        "runs": [(1, 0), (2, 3), (4, 3)],
+        "runs": [(1, 0), (2, 3), (4, 0), (4, 3)],
     },
     "SmolLM2": {
         "recipe": "demo",
         "set": ["outer.tasks=1", "generate.examples=3", "generate.max_new_tokens=16"],
-        "runs": [(1, 0), (2, 0), (2, 3)],
+        "runs": [(1, 0), (2, 0), (2, 3), (4, 0), (4, 3)],
     },
 }  # fmt: skip
 PARTS = {"base": "base", "generating": "text", "gradient": "gradient", "total": "in all"}
@@ -164,7 +164,7 @@ def work(recipe: Recipe, world: World, how: str, tokens: int) -> Row:
     """Everything that the planner counts, with prompts of so many tokens."""
     r, i = recipe, recipe.inner
     start = reset_peak("cpu")
-    shards = Shards(world.device) if r.zero.stage == 3 and world.size > 1 else None
+    shards = Shards(world.device, prefetch=r.zero.prefetch) if plan.base_is_sharded(r, world.size) else None
     hf, tokenizer = load(r.model.path, dtype=r.model.dtype, device="cpu", cache=r.model.cache, shards=shards)
     shape = lora.LoraShape(r.lora.rank, r.lora.alpha, tuple(r.lora.targets))
     lm = LanguageModel(hf, tokenizer, lora.attach(hf, shape), shape, r.model.path, shards)

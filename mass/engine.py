@@ -25,7 +25,7 @@ FOREIGN = {
     "fp16.enabled": "fp32 outer parameters, always",
     "bf16.enabled": "fp32 outer parameters, always (model.dtype is the base's)",
     "amp.enabled": "fp32 outer parameters, always",
-    "zero_optimization.offload_param": "zero.offload, which moves the optimizer only",
+    "zero_optimization.offload_param": "zero.offload=all, which moves the base",
 }
 # our settings by the recipe key they come from
 SOURCE = {

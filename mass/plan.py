@@ -19,7 +19,7 @@ from mass.lora import LoraShape
 from mass.model import DTYPES, read_config
 from mass.optimizers import Rule
 from mass.recipe import Recipe
-from mass.shards import unit_of
+from mass.shards import gathering_bytes, unit_of
 
 PROMPT = 128
 # matrix products over those of a forward and a backward pass of each inner step, that pass included
@@ -34,9 +34,13 @@ ENGINES: dict[str, tuple[memory.Engine, bool, bool, float]] = {
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes of a rank by part, by engine the bytes over the weights, and per outer step and rank FLOPs and bytes sent."""
+    """Bytes of a rank by part, by engine the bytes over the weights, and per outer step and rank FLOPs and bytes sent.
+
+    `main`: bytes of main memory that zero.offload spares the GPU. A CPU has one memory: there they are in `parts`.
+    """
 
     parts: dict[str, int]
+    main: dict[str, int]
     generating: dict[str, int]
     engines: dict[str, memory.Peak]
     flops: dict[str, float]
@@ -54,25 +58,34 @@ def make(recipe: Recipe, ranks: int, engines: Collection[str] = tuple(ENGINES)) 
     with torch.device("meta"):
         hf = AutoModelForCausalLM.from_config(config, dtype=DTYPES[r.model.dtype], attn_implementation="sdpa")
     hf = hf.eval().requires_grad_(False)
-    sharded = r.zero.stage == 3 and ranks > 1
+    sharded = base_is_sharded(r, ranks)
+    on_cpu = _on_cpu(r.model.device)
     base = _bytes(hf)
     head = hf.get_output_embeddings().weight
     units = _unit_bytes(hf)
-    packed = _packed_bytes(hf, r.model.device) if not sharded else 0
+    packed = _packed_bytes(hf) if on_cpu and not sharded else 0
     linear = sum(x.weight.numel() for x in hf.modules() if isinstance(x, torch.nn.Linear)) - head.numel()
     shape = LoraShape(r.lora.rank, r.lora.alpha, tuple(r.lora.targets))
     layers = lora.attach(hf, shape)
     parts = blocks.find(hf, layers)
     text = config.get_text_config()
     adapter = sum((x.weight.shape[0] + x.weight.shape[1]) * shape.rank for x in layers.values())
-    outer = _outer_bytes(adapter, r.zero.stage, ranks, r.zero.offload)
+    outer, state = _outer_bytes(adapter, r.zero.stage, ranks)
+    own = [unit // ranks for unit in units]
+    moves_base = r.zero.offload == "all" and sharded and not on_cpu
+    moves_state = r.zero.offload != "no" and not on_cpu
     memory_parts = {
-        "base shard" if sharded else "base": base // ranks if sharded else base,
-        # the unit in use and the one that is fetched: from one token to the next, the head and the embedding
-        "gathered units": sum(units[-2:]) if sharded else 0,
+        "base, kept whole" if sharded else "base": base - sum(units) if sharded else base,
+        "base shard": sum(own) if sharded and not moves_base else 0,
+        "gathered units": gathering_bytes(own, ranks, r.zero.prefetch, moves_base) if sharded else 0,
         "weights packed for text": packed,
-        "adapter, its gradient and optimizer": outer,
+        "adapter and its gradient": outer,
+        "optimizer": 0 if moves_state else state,
     }
+    main = {"optimizer": state} if moves_state else {}
+    if moves_base:
+        # PyTorch takes pinned memory in powers of two
+        main["base shard"] = sum(1 << (size - 1).bit_length() for size in own)
     T = min(r.outer.tasks, r.outer.tasks_at_once or r.outer.tasks)
     N, new, answer = r.generate.examples, r.generate.max_new_tokens, r.generate.answer_tokens
     G = r.outer.rollouts if r.outer.loss == "verifier" else 1
@@ -105,7 +118,8 @@ def make(recipe: Recipe, ranks: int, engines: Collection[str] = tuple(ENGINES)) 
         "adapters of the rows": (T if G > 1 else 1) * adapter * (4 + head.element_size() % 4),
     }
     if sharded and r.zero.hold_base:
-        generating["base held whole"] = base - base // ranks
+        # beside the rank's own part; nothing is gathered meanwhile
+        generating["base held whole"] = max(0, sum(units) - memory_parts["gathered units"])
     flops = _flops(r, linear, head.numel())
     sent = {"gradients": 2 * 4.0 * adapter * 2 * (ranks - 1) / ranks}
     if sharded:
@@ -114,7 +128,7 @@ def make(recipe: Recipe, ranks: int, engines: Collection[str] = tuple(ENGINES)) 
         texts = 1 + 2 * (G > 1) if r.zero.hold_base else max(new, 1) + (answer * 2 if G > 1 else 0)
         passes = T_parts * (texts + 5 * i.steps + 8)
         sent["base, gathered"] = base * passes * (ranks - 1) / ranks
-    return Plan(memory_parts, generating, peaks, flops, sent)
+    return Plan(memory_parts, main, generating, peaks, flops, sent)
 
 
 def report(recipe: Recipe, ranks: int, limit_gb: float | None) -> str:
@@ -123,6 +137,7 @@ def report(recipe: Recipe, ranks: int, limit_gb: float | None) -> str:
     lines = [f"{recipe.model.path}, {ranks} rank(s), zero.stage={recipe.zero.stage}. Of one rank, in GB:"]
     for name, size in (plan.parts | plan.generating).items():
         lines.append(f"  {name:38s}{size / 1e9:10.3f}")
+    lines += [f"  {f'in main memory: {name}':38s}{size / 1e9:10.3f}" for name, size in plan.main.items()]
     lines.append(f"  {'engine':38s}{'activations':>12s}{'trajectory':>12s}{'in all':>10s}")
     for name, peak in plan.engines.items():
         total = plan.total(name) / 1e9
@@ -136,6 +151,11 @@ def report(recipe: Recipe, ranks: int, limit_gb: float | None) -> str:
     if limit_gb is not None:
         lines += _advice(recipe, plan, ranks, limit_gb * 1e9)
     return "\n".join(lines)
+
+
+def base_is_sharded(recipe: Recipe, ranks: int) -> bool:
+    """Whether ranks keep parts of the base; one rank too, when that part lies in main memory."""
+    return recipe.zero.stage == 3 and (ranks > 1 or recipe.zero.offload == "all")
 
 
 def machines(word: str) -> tuple[int, float | None]:
@@ -161,21 +181,24 @@ def _unit_bytes(hf: torch.nn.Module) -> list[int]:
     return sorted(sizes.values())
 
 
-def _packed_bytes(hf: torch.nn.Module, device: str) -> int:
+def _on_cpu(device: str) -> bool:
+    return device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+
+
+def _packed_bytes(hf: torch.nn.Module) -> int:
     """A CPU keeps the matrices of a bf16 base a second time, in the order that its products like (mass/fastlinear.py)."""
-    on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
-    if not on_cpu or not can_pack():
+    if not can_pack():
         return 0
     linears = (m.weight for m in hf.modules() if isinstance(m, torch.nn.Linear))
     return sum(w.nbytes for w in linears if w.dtype == torch.bfloat16)
 
 
-def _outer_bytes(size: int, stage: int, ranks: int, offload: bool) -> int:
-    """fp32: the value and its gradient, from stage 1 on a master copy, and Adam's two moments."""
+def _outer_bytes(size: int, stage: int, ranks: int) -> tuple[int, int]:
+    """fp32: the value and its gradient; Adam's two moments, and from stage 1 on a master copy."""
     state = (2 if stage == 0 else 3) * size * 4 // (ranks if stage else 1)
     value = size * 4 // (ranks if stage == 3 else 1)
     gradient = size * 4 // (ranks if stage >= 2 else 1)
-    return value + gradient + (0 if offload else state)
+    return value + gradient, state
 
 
 def _flops(r: Recipe, linear: int, head: int) -> dict[str, float]:
@@ -216,7 +239,9 @@ def _advice(r: Recipe, plan: Plan, ranks: int, limit: float) -> list[str]:
     if r.zero.stage < 3 and ranks > 1 and fixed > limit / 2:
         lines.append("zero.stage=3 shards the base.")
     if fixed > limit:
-        lines.append("The base alone is too large: more ranks at zero.stage=3, or model.dtype=bf16.")
+        lines.append(
+            "The base alone is too large: more ranks at zero.stage=3, zero.offload=all, or model.dtype=bf16."
+        )
     if fixed + sum(plan.generating.values()) > limit:
         lines.append("Generation is too large: lower generate.batch_rows or outer.tasks_at_once.")
     if fixed + min(peak.total for peak in plan.engines.values()) > limit:

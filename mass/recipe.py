@@ -272,9 +272,12 @@ def _training_contradictions(r: Recipe) -> Iterator[tuple[str, str]]:
             "outer.loss=verifier with outer.rollouts=1: an answer's advantage is its reward against the others of its "
             "task, so it would always be 0. Use outer.rollouts=2 or more, or outer.loss=gold.",
         )
-    if r.zero.offload and r.zero.stage == 0:
-        text = "zero.offload=true with zero.stage=0: DeepSpeed offloads a sharded optimizer only"
-        yield "zero.offload zero.stage", f"{text}. Use zero.stage=1 or more, or zero.offload=false."
+    if r.zero.offload == "optimizer" and r.zero.stage == 0:
+        text = "zero.offload=optimizer with zero.stage=0: DeepSpeed offloads a sharded optimizer only"
+        yield "zero.offload zero.stage", f"{text}. Use zero.stage=1 or more, or zero.offload=no."
+    if r.zero.offload == "all" and r.zero.stage < 3:
+        text = f"zero.offload=all with zero.stage={r.zero.stage}: only the base of stage 3 is fetched as it is needed"
+        yield "zero.offload zero.stage", f"{text}. Use zero.stage=3, or zero.offload=no."
     if r.outer.lr_policy == r.outer.lr_scorer == 0 and r.inner.learned_lr == "no":
         text = "outer.lr_policy=0 and outer.lr_scorer=0: nothing would be learned. Raise one of them."
         yield "outer.lr_policy outer.lr_scorer inner.learned_lr", text

@@ -231,7 +231,14 @@ class Zero:
     hold_base: bool = _key(
         False, "stage 3: hold the whole base while text is generated; faster where memory allows"
     )
-    offload: bool = _key(False, "keep the outer optimizer's state in main memory; from stage 1 on")
+    prefetch: bool = _key(
+        True,
+        "stage 3: gather the block that comes next while one computes; false holds one at a time and waits for each",
+    )
+    offload: Literal["no", "optimizer", "all"] = _key(
+        "no",
+        "what stays in main memory: the outer optimizer's state (from stage 1 on), or that and the base (stage 3)",
+    )
     config: str | None = _key(None, "a DeepSpeed JSON file of yours; what contradicts the recipe is refused")
 
 

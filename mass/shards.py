@@ -1,9 +1,10 @@
 """A frozen base of which every rank keeps a part and gathers the rest when a product asks for it (`zero.stage=3`).
 
 The matrices of a decoder block lie end to end in one flat tensor, a *unit*; so do the embedding and the head, each by
-itself. A rank keeps 1/W of each unit. `frozen.linear` asks for its matrix in forward, backward and tangent and keeps
-nothing, so at any time a rank holds its parts, the unit at work and the one that comes next, which is gathered while
-this one computes.
+itself. A rank keeps 1/W of each unit, on its accelerator or in main memory. `frozen.linear` asks for its matrix in
+forward, backward and tangent and keeps nothing, so at any time a rank holds its parts, the unit at work and the one
+that comes next, which is gathered while this one computes. Which one that is, is learnt: units are asked for in an order
+that repeats. A wrong guess costs a gather and nothing else, since a unit is used by its number only.
 
 Ranks do not run the same products: texts end at different steps, a task may have no examples. So no rank relies on
 what another does. Units move in rounds: every rank says which unit it wants (or that it wants none), all read the
@@ -20,7 +21,7 @@ import functools
 import re
 import time
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,12 +67,17 @@ class Unit:
 class Shards:
     """The sharded matrices of one model on this rank. All ranks make it, and call `take` and `settle`, together.
 
-    hold      whether generation shall hold the whole base (see `held`)
-    waited    seconds that this rank has waited for units so far
+    hold            whether generation shall hold the whole base (see `held`)
+    prefetch        whether the unit that comes next is gathered while one computes
+    in_main_memory  whether the parts stay in main memory and are copied to the device for each gather
+    waited          seconds that this rank has waited for units so far
     """
 
-    def __init__(self, device: torch.device, *, hold: bool = False) -> None:
-        self.device, self.hold, self.waited = device, hold, 0.0
+    def __init__(
+        self, device: torch.device, *, hold: bool = False, prefetch: bool = True, in_main_memory: bool = False
+    ) -> None:
+        self.device, self.hold, self.prefetch, self.waited = device, hold, prefetch, 0.0
+        self.home = torch.device("cpu") if in_main_memory else device
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.units: list[Unit] = []
         self._place: dict[str, tuple[int, int]] = {}
@@ -133,7 +139,9 @@ class Shards:
     def _fill(self, unit: Unit, read: Read, dtype: torch.dtype) -> None:
         size = -(-unit.size // self.ranks)
         first = size * self.rank
-        unit.part = torch.zeros(size, dtype=dtype, device=self.device)
+        # pages that the GPU can read by itself
+        pinned = self.home.type == "cpu" and self.device.type == "cuda"
+        unit.part = torch.zeros(size, dtype=dtype, device=self.home, pin_memory=pinned)
         for name, shape, start in zip(unit.names, unit.shapes, unit.starts, strict=True):
             low, high = max(first, start), min(first + size, start + shape.numel())
             if low < high:
@@ -152,9 +160,9 @@ class Shards:
 
     @property
     def working_bytes(self) -> int:
-        """Most bytes of gathered units at a time: the one at work and another."""
-        sizes = sorted(unit.part.nbytes * self.ranks for unit in self.units)
-        return sum(sizes[-2:])
+        """Most bytes of the device for gathering at a time."""
+        offloaded = self.home != self.device
+        return gathering_bytes([x.part.nbytes for x in self.units], self.ranks, self.prefetch, offloaded)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -188,7 +196,7 @@ class Shards:
         before, last = self._recent
         self._next[before, last] = u
         self._recent = (last, u)
-        foretold = self._next.get(self._recent, u)
+        foretold = self._next.get(self._recent, u) if self.prefetch else u
         if foretold != u and foretold not in self._held:
             self._ask(foretold)
         return self._now[1]
@@ -225,9 +233,11 @@ class Shards:
                 u = _chosen(answers.tolist())
                 if u >= 0:
                     part = self.units[u].part
-                    flat = torch.empty(part.numel() * self.ranks, dtype=part.dtype, device=part.device)
+                    flat = torch.empty(part.numel() * self.ranks, dtype=part.dtype, device=self.device)
+                    # the part itself where it is on the device already
+                    own = part.to(self.device, non_blocking=True)
                     # as bytes: not every backend knows every dtype
-                    out, own = flat.view(torch.uint8), part.view(torch.uint8)
+                    out, own = flat.view(torch.uint8), own.view(torch.uint8)
                     work = dist.all_gather_into_tensor(out, own, group=self._moves, async_op=True)
                     self._move = (work, u, flat)
         elif self._move is not None:
@@ -247,6 +257,14 @@ def unit_of(path: str) -> str:
     # up to the first number: a decoder block
     found = re.match(r".*?\.\d+(?=\.)", path)
     return found[0] if found else path
+
+
+def gathering_bytes(parts: Sequence[int], ranks: int, prefetch: bool, offloaded: bool) -> int:
+    """Most bytes of a device for gathering at a time, from the bytes of one rank's part of each unit: the unit at work,
+    with `prefetch` another, and the copy of an `offloaded` part on its way into one of them.
+    """
+    largest = sorted(parts)[-2 if prefetch else -1 :]
+    return ranks * sum(largest) + (max(parts) if offloaded else 0)
 
 
 def _chosen(answers: list[list[int]]) -> int:

@@ -247,9 +247,12 @@ def _tasks(recipe: Recipe) -> Tasks:
 
 def _setting(recipe: Recipe, world: World, pool: list[Task], saved: list[Any] | None) -> tuple[Setting, str]:
     """Load the model and put together what stays the same over all steps; and the base model's fingerprint."""
-    m, i = recipe.model, recipe.inner
-    sharded = recipe.zero.stage == 3 and world.size > 1
-    shards = Shards(world.device, hold=recipe.zero.hold_base) if sharded else None
+    m, i, z = recipe.model, recipe.inner, recipe.zero
+    shards = None
+    if plan.base_is_sharded(recipe, world.size):
+        shards = Shards(
+            world.device, hold=z.hold_base, prefetch=z.prefetch, in_main_memory=z.offload == "all"
+        )
     hf, tokenizer = load(
         m.path,
         dtype=m.dtype,
@@ -355,7 +358,7 @@ def _outer(recipe: Recipe, setting: Setting, world: World) -> Outer:
 def deepspeed_config(recipe: Recipe, world: World) -> dict[str, Any]:
     """What DeepSpeed is told: the recipe's settings, and around them the user's own file (zero.config)."""
     z = recipe.zero
-    ours = engine.settings(z.stage, recipe.outer.clip_grad, z.offload)
+    ours = engine.settings(z.stage, recipe.outer.clip_grad, z.offload != "no")
     return engine.merge(z.config, ours, world.size) if z.config else ours
 
 

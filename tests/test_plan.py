@@ -32,7 +32,34 @@ def test_the_base_is_what_is_loaded(tmp_path: Path) -> None:
     made = plan.make(recipe(tmp_path), 2, [])
     assert made.parts["base"] == whole
     shard = plan.make(recipe(tmp_path, "zero.stage=3"), 2, [])
-    assert shard.parts["base shard"] == whole // 2 and shard.parts["gathered units"] > 0
+    kept = shard.parts["base, kept whole"]
+    assert 2 * shard.parts["base shard"] + kept == whole and 0 < kept < 0.1 * whole
+    held = plan.make(recipe(tmp_path, "zero.stage=3", "zero.hold_base=true"), 2, [])
+    gathered = held.parts["gathered units"] + held.generating["base held whole"]
+    assert gathered == whole - kept
+
+
+def test_what_lies_in_main_memory_is_counted_there(tmp_path: Path) -> None:
+    def parts(*overrides: str) -> tuple[dict[str, int], dict[str, int]]:
+        made = plan.make(recipe(tmp_path, "zero.stage=3", *overrides), 2, [])
+        return made.parts, made.main
+
+    here, nothing = parts("model.device=cuda")
+    moved, main = parts("model.device=cuda", "zero.offload=all")
+    assert nothing == {} and moved["base shard"] == moved["optimizer"] == 0
+    assert main["optimizer"] == here["optimizer"] > 0
+    assert here["base shard"] <= main["base shard"] < 2 * here["base shard"]
+    largest = moved["gathered units"] - here["gathered units"]
+    single, _ = parts("model.device=cuda", "zero.prefetch=false")
+    assert single["gathered units"] == 2 * largest, "a copy of the largest part, where it is gathered"
+    state, main = parts("model.device=cuda", "zero.offload=optimizer")
+    assert state == here | {"optimizer": 0} and main == {"optimizer": here["optimizer"]}
+    # one memory
+    assert parts("model.device=cpu", "zero.offload=all") == (here, {})
+    # one rank has a part only where it lies elsewhere
+    alone = plan.make(recipe(tmp_path, "zero.stage=3", "zero.offload=all", "model.device=cuda"), 1, [])
+    assert alone.main["base shard"] > 0 and alone.parts["base shard"] == 0 < alone.parts["gathered units"]
+    assert plan.make(recipe(tmp_path, "zero.stage=3"), 1, []).parts["gathered units"] == 0
 
 
 @pytest.mark.slow

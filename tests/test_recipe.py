@@ -101,6 +101,8 @@ def test_a_later_override_wins_and_mends_the_file(write):
 def test_a_bare_no_is_not_false(write):
     found = load(write(NEEDED + "run: {resume: no}\ninner: {learned_lr: no}\n"), ["run.resume=no"])
     assert (found.run.resume, found.inner.learned_lr) == ("no", "no")
+    # what recipes said before there was more to offload than the optimizer
+    assert load(write(NEEDED + "zero: {offload: false}\n")).zero.offload == "no"
 
 
 def test_one_source_or_many(write):
@@ -164,7 +166,7 @@ def test_all_errors_come_in_one_message(write):
         ("iner.steps=3", "iner.steps: unknown key. Did you mean inner.steps?"),
         ("steps=3", "steps: unknown key. Did you mean inner.steps or outer.steps?"),
         ("iner={steps: 3}", "iner.steps: unknown key. Did you mean inner.steps?"),
-        ("zero.qqqq=3", "zero.qqqq: unknown key. zero has stage, hold_base, offload, config."),
+        ("zero.qqqq=3", "zero.qqqq: unknown key. zero has stage, hold_base, prefetch, offload, config."),
         ("wandb=3", "wandb: unknown key. The groups are run, model, prompt, problems, lora, generate,"),
         ("inner=3", "inner=3: inner is a group of keys."),
         ("inner.steps=2.5", "inner.steps=2.5: wants an int, at least 1."),
@@ -185,6 +187,7 @@ def test_all_errors_come_in_one_message(write):
         ),
         ("scorer.layers=[a]", "scorer.layers=['a']: wants a list of numbers"),
         ("model.attention=flash", "model.attention='flash': wants one of sdpa, eager."),
+        ("zero.offload=true", "zero.offload=True: wants one of no, optimizer, all."),
         ("zero.stage=4", "zero.stage=4: wants an int, at least 0 and at most 3."),
         ("log.tensorboard=maybe", "log.tensorboard='maybe': wants true or false."),
         ("model.path='???'", "model.path: still to be filled in."),
@@ -226,6 +229,8 @@ def test_what_is_required(write):
             "problems.gym.chain_sums: settings of a family that is not used",
         ),
         (["evaluate.every=1", "problems.heldout_size=8"], "more than problems.heldout_size=8"),
+        (["zero.offload=optimizer"], "Use zero.stage=1 or more, or zero.offload=no"),
+        (["zero.offload=all", "zero.stage=2"], "zero.stage=2: only the base of stage 3"),
         (["run.name=a/b"], "Put the folder into run.folder"),
         (["run.name=.."], "a name, not a path"),
     ],
@@ -251,6 +256,8 @@ def test_a_step_cannot_be_picked_by_losses_that_nobody_looks_at(write):
         ["generate.examples=1", "outer.lr_scorer=0"],
         ["meta_gradient.truncate=2", "outer.through_init=true"],
         ["zero.stage=3", "zero.hold_base=true"],
+        ["zero.stage=1", "zero.offload=optimizer"],
+        ["zero.stage=3", "zero.offload=all", "zero.prefetch=false"],
         ["outer.loss=verifier", "outer.rollouts=2"],
         ["prompt.pool=4"],
     ],

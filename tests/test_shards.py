@@ -24,18 +24,16 @@ from mass.inner import Step
 from mass.lora import LoraShape, attach
 from mass.metagrad import Reverse, blockwise, finite_difference
 from mass.model import LanguageModel
-from mass.shards import ShardedEmbedding, ShardedLinear, Shards, _chosen
+from mass.shards import ShardedEmbedding, ShardedLinear, Shards, _chosen, gathering_bytes
 
 SHAPE = LoraShape(2, 4.0, ("all-linear",))
 T, N = 2, 3
 
 
-def sharded(
-    architecture: str, dtype: torch.dtype, world: distributed.World, hold: bool = False
-) -> LanguageModel:
+def sharded(architecture: str, dtype: torch.dtype, world: distributed.World, **how: bool) -> LanguageModel:
     hf, tokenizer = tiny(architecture, dtype, num_hidden_layers=3)
     whole = dict(hf.named_parameters())
-    shards = Shards(world.device, hold=hold)
+    shards = Shards(world.device, **how)
     shards.take(hf, lambda name, low, high: whole[name].flatten()[low:high], dtype)
     return LanguageModel(hf, tokenizer, attach(hf, SHAPE), SHAPE, "sharded", shards)
 
@@ -177,11 +175,18 @@ def in_any_order(world: distributed.World, lm: LanguageModel, reference: Languag
         peak.append(gathered_bytes(shards))
 
     shards._turn = watched  # type: ignore[method-assign]
-    for name, number in [] if seed % 2 and world.rank == 1 else jobs:
+    idle = seed % 2 and world.rank == 1
+    for name, number in [] if idle else jobs:
         same(WORK[name](lm, number), WORK[name](reference, number), (world.rank, name, number))
     lm.settle()
     assert distributed.reduce_sum([1.0]) == [world.size]
-    assert 0 < max(peak) <= lm.shards.working_bytes
+    one = max(unit.part.nbytes * shards.ranks for unit in shards.units)
+    assert 0 < max(peak) <= shards.working_bytes
+    # while one computes the next is on its way, or there is one at a time
+    if not shards.prefetch:
+        assert shards.working_bytes == one
+    elif not idle:
+        assert max(peak) > one
 
 
 def in_step(lm: LanguageModel, reference: LanguageModel, seeds: Seq[int]) -> None:
@@ -204,6 +209,9 @@ def on_each_rank(folder: str, architectures: list[str]) -> None:
         if architecture == "llama":
             in_any_order(world, lm, reference, 0)
             in_any_order(world, lm, reference, 1)
+            single = sharded(architecture, dtype, world, prefetch=False)
+            in_step(single, reference, (6,))
+            in_any_order(world, single, reference, 3)
             held = sharded("llama", dtype, world, hold=True)
             assert held.shards is not None
             same(text(held, 5), text(reference, 5), "held")
@@ -211,6 +219,7 @@ def on_each_rank(folder: str, architectures: list[str]) -> None:
                 assert gathered_bytes(held.shards) >= sum(p.nbytes for p in held.hf.parameters()) * 0.95
             assert gathered_bytes(held.shards) <= held.shards.working_bytes
             held.settle()
+    parts_in_main_memory(world)
     read_in_parts(world, Path(folder))
     large, _ = tiny("llama", torch.float32)
     large.register_parameter("experts", torch.nn.Parameter(torch.zeros(100_000)))
@@ -223,6 +232,30 @@ def on_each_rank(folder: str, architectures: list[str]) -> None:
     model.save(tiny("llama", torch.float32)[0], own)
     assert (own / "config.json").is_file() and (own / "model.safetensors").is_file()
     distributed.stop()
+
+
+def parts_in_main_memory(world: distributed.World) -> None:
+    """A device that holds no numbers stands for the GPU: the parts are still here, right, and the matrices are not.
+    Where the device is main memory itself, nothing changes.
+    """
+    hf, _ = tiny("llama", torch.float32, num_hidden_layers=3)
+    values = dict(hf.named_parameters())
+    shards = Shards(torch.device("meta"), in_main_memory=True)
+    shards.take(hf, lambda name, low, high: values[name].flatten()[low:high], torch.float32)
+    largest = max(unit.part.nbytes for unit in shards.units)
+    assert (
+        shards.working_bytes
+        == gathering_bytes([unit.part.nbytes for unit in shards.units], world.size, True, False) + largest
+    )
+    for unit in shards.units:
+        flat = torch.empty(world.size * len(unit.part))
+        torch.distributed.all_gather_into_tensor(flat, unit.part)
+        for i, name in enumerate(unit.names):
+            assert torch.equal(unit.view(flat, i), values[name])
+    assert {p.device.type for name, p in hf.named_parameters() if name in shards._place} == {"meta"}
+    lm = sharded("llama", torch.float64, world, in_main_memory=True)
+    assert lm.shards is not None and lm.shards.home == lm.device
+    in_any_order(world, lm, whole("llama", torch.float64), 2)
 
 
 def read_in_parts(world: distributed.World, folder: Path) -> None:

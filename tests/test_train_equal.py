@@ -147,6 +147,52 @@ def test_the_logged_gradient_norm_does_not_depend_on_the_number_of_ranks(both: t
             assert mean_gap(x, y, "policy/grad_norm") < 1e-3 and mean_gap(x, y, "scorer/grad_norm") < 1e-3
 
 
+def recording_shards(words: list[str], wanted: dict[str, Any], offloads: bool) -> None:
+    """A run that sees what the recipe's zero keys come to."""
+    from mass import distributed, engine, train
+    from mass.recipe import load
+    from mass.shards import Shards
+
+    seen: list[dict[str, Any]] = []
+    configs: list[dict[str, Any]] = []
+    settings = engine.settings
+
+    class Recorded(Shards):
+        def __init__(self, device: torch.device, **how: Any) -> None:
+            seen.append(how)
+            super().__init__(device, **how)
+
+    def recorded(*arguments: Any) -> dict[str, Any]:
+        configs.append(settings(*arguments))
+        return configs[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "Shards", Recorded)
+        patch.setattr(engine, "settings", recorded)
+        train.train(load(words[0], words[1:]))
+    distributed.stop()
+    assert seen == [wanted]
+    assert all(("offload_optimizer" in config["zero_optimization"]) == offloads for config in configs)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_what_lies_in_main_memory_changes_no_number(ranks: Ranks, recipe: Path, tmp_path: Path) -> None:
+    """On one rank, which keeps its base whole unless that is to lie in main memory."""
+    own = [str(recipe), f"run.folder={tmp_path}", "outer.steps=2", "zero.stage=3"]
+    all_of_it = {"hold": False, "prefetch": False, "in_main_memory": True}
+    ranks("runs:many", [[*own, "run.name=here"]]).good()
+    more = [*own, "run.name=there", "zero.offload=all", "zero.prefetch=false"]
+    ranks("test_train_equal:recording_shards", more, all_of_it, True).good()
+    here, there = (tensors(step_of(tmp_path / name, 2)) for name in ("here", "there"))
+    assert here.keys() == there.keys()
+    for key, x in here.items():
+        assert torch.equal(x, there[key]), key
+    before, after = (log_of(tmp_path / name)[:2] for name in ("here", "there"))
+    assert [timeless(x) for x in before] == [timeless(x) for x in after]
+    assert after[0].keys() - before[0].keys() == {"time/gather"}
+
+
 def timeless(entry: dict[str, Any]) -> dict[str, Any]:
     return {key: x for key, x in entry.items() if not key.startswith(("time", "memory/"))}
 
