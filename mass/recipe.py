@@ -272,6 +272,9 @@ def _training_contradictions(r: Recipe) -> Iterator[tuple[str, str]]:
             "outer.loss=verifier with outer.rollouts=1: an answer's advantage is its reward against the others of its "
             "task, so it would always be 0. Use outer.rollouts=2 or more, or outer.loss=gold.",
         )
+    if not r.zero.prefetch and r.zero.stage < 3:
+        text = f"zero.prefetch=false with zero.stage={r.zero.stage}: only stage 3 gathers anything"
+        yield "zero.prefetch zero.stage", f"{text}. Use zero.stage=3, or leave zero.prefetch out."
     if r.zero.offload == "optimizer" and r.zero.stage == 0:
         text = "zero.offload=optimizer with zero.stage=0: DeepSpeed offloads a sharded optimizer only"
         yield "zero.offload zero.stage", f"{text}. Use zero.stage=1 or more, or zero.offload=no."

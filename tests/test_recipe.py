@@ -229,6 +229,7 @@ def test_what_is_required(write):
             "problems.gym.chain_sums: settings of a family that is not used",
         ),
         (["evaluate.every=1", "problems.heldout_size=8"], "more than problems.heldout_size=8"),
+        (["zero.prefetch=false"], "only stage 3 gathers anything"),
         (["zero.offload=optimizer"], "Use zero.stage=1 or more, or zero.offload=no"),
         (["zero.offload=all", "zero.stage=2"], "zero.stage=2: only the base of stage 3"),
         (["run.name=a/b"], "Put the folder into run.folder"),
