@@ -68,9 +68,8 @@ class DecodeStep:
     def _record(self) -> Callable[[], Tensor]:
         try:
             return self._graph() if self.how == "cuda_graph" else self._compiled()
-        except (
-            Exception
-        ) as error:  # whatever the compiler or the model's own code throws, the step itself still works
+        except Exception as error:
+            # whatever the compiler or the model's own code throws: the step itself still works
             self._give_up(str(error).strip().splitlines()[0] if str(error) else type(error).__name__)
             return lambda: self._forward(self.ids_B1, self.position_B1)
 

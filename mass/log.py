@@ -1,6 +1,6 @@
 """What a run tells: scalars (TensorBoard, log.jsonl), one console line a step, tables of sampled examples.
 
-Only rank 0 writes. Every scalar tag is in `TAGS` and explained in `docs/metrics.md`; others are refused.
+Only rank 0 writes. Every scalar tag is in `mass.tags.TAGS` and explained in `docs/metrics.md`; others are refused.
 What a model wrote is data: control characters, terminal markup and Markdown are escaped before it is shown.
 """
 
@@ -26,111 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mass.errors import MassError
-
-TAGS = {
-    "meta/loss": "outer loss after adaptation",
-    "meta/loss_before": "outer loss before adaptation",
-    "meta/gain": "how far adaptation lowered the outer loss",
-    "meta/exploded": "share of tasks dropped from the credit because their inner loss grew too much",
-    "meta/skipped_steps": "outer steps skipped so far because a gradient was not finite",
-    "inner/loss_first": "weighted loss of the self-made examples before the first inner step",
-    "inner/loss_last": "weighted loss of the self-made examples after the last inner step",
-    "inner/lr": "inner learning rate, the mean where it is learned",
-    "inner/clipped": "share of tasks whose inner gradient was clipped",
-    "inner/padding": "share of padding among the token positions of the inner batch",
-    "scorer/effective_examples": "how many examples of a task carry its weight",
-    "scorer/score_std": "spread of the scores within a task",
-    "scorer/auc": "chance that a right example of the target's family outscores another one of its task",
-    "scorer/grad_norm": "norm of the scorer's outer gradient, before clipping",
-    "credit/auc": "chance that a right example of the target's family has more credit than another one of its task",
-    "credit/spread": "spread of the credit within a task, before it is standardised",
-    "generator/valid": "share of self-made examples that are well formed",
-    "generator/right": "share of well-formed examples that are right and of the target's family",
-    "generator/no_solution": "share of examples without a solution",
-    "generator/no_answer": "share of examples whose solution gives no answer",
-    "generator/truncated": "share of examples cut off at the token limit",
-    "generator/copy": "share of examples that copy the target problem",
-    "generator/duplicate": "share of examples that repeat an earlier one of their task",
-    "generator/empty_tasks": "share of tasks without a single valid example",
-    "generator/length": "sampled tokens of a self-made example, malformed ones included",
-    "generator/credit_length_correlation": "correlation of an example's credit with its length",
-    "generator/advantage_spread": "spread of the advantages in the generator's policy gradient",
-    "policy/grad_norm": "norm of the policy adapter's outer gradient, before clipping",
-    "policy/kl": "divergence of the policy from the base model on the self-made examples",
-    "outer/lr_policy": "learning rate of the policy adapter at this step",
-    "outer/lr_scorer": "learning rate of the scorer at this step",
-    "reward/solve_before": "share of training problems solved before adaptation",
-    "reward/solve_after": "share of training problems solved after adaptation",
-    "heldout/none": "share of held-out problems solved without adaptation",
-    "heldout/mass": "share of held-out problems solved after adaptation",
-    "heldout/gain": "held-out share with adaptation less the share without",
-    "heldout/auc": "of held-out problems: chance that a right example of their family outweighs another one",
-    "heldout/right": "of held-out problems: share of examples that are right and of their family",
-    "heldout/honest": "of held-out problems: share of the checks stated in examples that are honest",
-    "seen/none": "heldout/none on problems of sources with training problems",
-    "seen/mass": "heldout/mass on problems of sources with training problems",
-    "seen/gain": "heldout/gain on problems of sources with training problems",
-    "seen/auc": "heldout/auc on problems of sources with training problems",
-    "seen/right": "heldout/right on problems of sources with training problems",
-    "seen/honest": "heldout/honest on problems of sources with training problems",
-    "unseen/none": "heldout/none on problems of sources without any training problem",
-    "unseen/mass": "heldout/mass on problems of sources without any training problem",
-    "unseen/gain": "heldout/gain on problems of sources without any training problem",
-    "unseen/auc": "heldout/auc on problems of sources without any training problem",
-    "unseen/right": "heldout/right on problems of sources without any training problem",
-    "unseen/honest": "heldout/honest on problems of sources without any training problem",
-    "verifier/failures": "answers whose verification crashed or ran out of time",
-    "time/step": "seconds of the whole outer step",
-    "time/generate": "seconds of writing the examples",
-    "time/score": "seconds of the scorer's features and weights",
-    "time/inner": "seconds of the inner loop",
-    "time/outer": "seconds of the outer loss and of sampling and verifying answers",
-    "time/meta": "seconds of the meta-gradient sweep",
-    "time/policy": "seconds of the generator and solver losses and of the outer optimizer",
-    "time/gather": "seconds of waiting for other ranks' parts of a sharded base, within the other times",
-    "time/save": "seconds of the last save",
-    "time/evaluate": "seconds of the last held-out evaluation",
-    "tokens/generated": "tokens sampled for examples",
-    "tokens/trained": "tokens that the inner loop read, prompts included, over all its steps",
-    "tokens/outer": "tokens of the outer loss before and after adaptation",
-    "memory/peak_gb": "most memory held by a process so far",
-}
-
-# TensorBoard's Custom Scalars page: group -> chart -> tags
-CHARTS = {
-    "meta": {
-        "outer loss": ["meta/loss", "meta/loss_before"],
-        "gain": ["meta/gain"],
-        "solved": ["reward/solve_before", "reward/solve_after"],
-        "held-out": ["heldout/none", "heldout/mass", "heldout/gain"],
-        "of sources with and without training problems": [
-            "seen/none",
-            "seen/mass",
-            "unseen/none",
-            "unseen/mass",
-        ],
-    },
-    "inner": {
-        "loss of the examples": ["inner/loss_first", "inner/loss_last"],
-        "stability": ["inner/clipped", "meta/exploded"],
-    },
-    "scorer": {
-        "effective examples": ["scorer/effective_examples"],
-        "right above wrong": ["scorer/auc", "credit/auc", "heldout/auc", "seen/auc", "unseen/auc"],
-        "spread": ["scorer/score_std", "credit/spread"],
-        "gradient": ["scorer/grad_norm"],
-    },
-    "generator": {
-        "valid": ["generator/valid", "generator/duplicate", "generator/copy", "generator/truncated"],
-        "length": ["generator/length"],
-        "truth": ["generator/right", "heldout/right", "heldout/honest"],
-        "drift": ["policy/kl", "generator/credit_length_correlation"],
-    },
-    "time": {
-        "seconds": [tag for tag in TAGS if tag.startswith("time/")],
-        "tokens": [tag for tag in TAGS if tag.startswith("tokens/")],
-    },
-}
+from mass.tags import CHARTS, TAGS
 
 
 @dataclasses.dataclass(frozen=True)

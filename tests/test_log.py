@@ -16,8 +16,6 @@ from rich.console import Console
 from mass import log
 from mass.errors import MassError
 from mass.log import (
-    CHARTS,
-    TAGS,
     RunLog,
     SampleRow,
     SampleTable,
@@ -26,6 +24,7 @@ from mass.log import (
     plain,
     write_atomic,
 )
+from mass.tags import CHARTS, TAGS
 
 VALUES = {
     "meta/loss_before": 2.31,
