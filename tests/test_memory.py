@@ -96,6 +96,25 @@ def test_prediction_is_within_15_percent_of_the_peak(case: dict[str, Any]) -> No
     assert row["predicted_gb"] == pytest.approx(row["peak_gb"], rel=0.15)
 
 
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.skipif(sys.platform != "linux", reason="resets the peak of resident memory through /proc")
+def test_a_measured_peak_is_not_that_of_the_process_that_started_it() -> None:
+    """A child of a process of 1.5 GB that takes 50 MB."""
+    child = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import meta_bench_gradients as g;"
+        "before = g.reset_peak('cpu'); taken = b'x' * 50_000_000; print(g.peak_since('cpu', before))"
+    )
+    parent = (
+        "import subprocess, sys; large = b'x' * 1_500_000_000;"
+        "subprocess.run([sys.executable, '-c', sys.argv[2], sys.argv[1]], check=True)"
+    )
+    words = [sys.executable, "-c", parent, str(LAUNCH), child]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == pytest.approx(50e6, rel=0.2)
+
+
 def test_depth_is_drawn_out_and_blockwise_hardly_grows_with_it() -> None:
     growth = {}
     for engine in ("blockwise", "reverse"):
