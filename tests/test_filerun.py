@@ -1,5 +1,6 @@
 """mass.filerun: a file of problems in batches, and the file of answers that outlives kills and is shared by processes."""
 
+import argparse
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import threading
 import tracemalloc
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from ranks import Ranks
 from mass import command, filerun
 from mass.errors import MassError
 from mass.filerun import append, as_line, as_row, group, key_of, put_in_order, read_done, run_batches
+from mass.kit import plan
 from mass.methods import Record
 from mass.problems import BadLine, Problem
 
@@ -267,3 +270,15 @@ def test_resume_wants_the_same_call(
     # what changes no answer may change
     speed = ["--batch", "7", "run.threads=2", "generate.batch_rows=3", "inner.checkpoint=false"]
     assert command.main([*words, "--out", str(path), "--resume", "--method", "none", *speed]) == 0
+
+
+def test_a_process_with_a_gpu_of_its_own_gives_the_recipe_a_device_that_it_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    state = SimpleNamespace(device=torch.device("cuda", 1), process_index=1, num_processes=2)
+    monkeypatch.setattr(command, "PartialState", lambda **_: state)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    share, overrides = command._processes(argparse.Namespace(out=Path("answers.jsonl"), html=None))
+    assert share == command.Share(1, 2)
+    wanted = plan(None, "tiny:llama", [*overrides, "prompt.style=plain"])
+    assert wanted.recipe.model.device == "cuda"
