@@ -1,0 +1,124 @@
+"""Opening a run folder: no run overwrites another, one is continued where it was left, and by one process at a time."""
+
+import os
+
+import pytest
+from saves import RECIPE, assert_same, begin, contents, hidden, make_layers, names, python
+
+from mass.checkpoint import load, save
+from mass.errors import MassError
+
+
+def test_an_existing_run_is_never_overwritten(tmp_path):
+    run = begin(tmp_path)
+    assert (run.start, run.changed) == (None, ())
+    begin(tmp_path)  # nothing in it yet
+    (run.folder / "log.jsonl").touch()
+    begin(tmp_path)  # a run that died before its first line
+    (run.folder / "log.jsonl").write_text("{}\n")
+    with pytest.raises(
+        MassError, match=r"run .*/a exists: run.resume=auto continues it, or choose another run.name"
+    ):
+        begin(tmp_path)
+    (run.folder / "log.jsonl").unlink()
+    save(run, 10, contents(), keep=3)
+    with pytest.raises(MassError, match="exists"):
+        begin(tmp_path)
+    assert_same(load(run.folder, make_layers()), contents())
+
+
+def test_auto_starts_or_continues(tmp_path):
+    run = begin(tmp_path, "auto")
+    assert run.start is None
+    save(run, 10, contents(), keep=3)
+    save(run, 20, contents(), keep=3)
+    # a kill between the rename and the pointer
+    (run.folder / "latest").write_text("step_000010\n")
+    run = begin(tmp_path, "auto")
+    assert run.start == run.folder / "step_000020" and run.changed == ()
+    assert (run.folder / "latest").read_text() == "step_000020\n"
+
+
+def test_changed_keys_are_listed_and_the_recipe_is_renewed(tmp_path):
+    run = begin(tmp_path)
+    save(run, 10, contents(), keep=3)
+    recipe = RECIPE.replace("steps: 10", "steps: 20, gamma: 0.5").replace("'no'", "auto")
+    run = begin(tmp_path, "auto", recipe)
+    assert run.changed == ("outer.steps: 10 -> 20", "outer.gamma: absent -> 0.5")
+    assert (run.folder / "recipe.yaml").read_text() == recipe
+
+
+@pytest.mark.parametrize(
+    "old, new", [("rank: 2", "rank: 4"), ("path: m", "path: n"), ("[all-linear]", "[q_proj]")]
+)
+def test_another_network_is_refused(tmp_path, old, new):
+    run = begin(tmp_path)
+    save(run, 10, contents(), keep=3)
+    with pytest.raises(MassError, match=r"another network.*(lora|model)\.\w+: .* -> "):
+        begin(tmp_path, "auto", RECIPE.replace(old, new))
+    assert (run.folder / "recipe.yaml").read_text() == RECIPE
+
+
+def test_going_back_sets_later_steps_aside_and_retention_ignores_them(tmp_path):
+    run = begin(tmp_path)
+    for step in (10, 20, 30):
+        save(run, step, contents(step), keep=0)
+    run = begin(tmp_path, run.folder / "step_000010")
+    assert run.start == run.folder / "step_000010"
+    assert [name.partition(".")[0] for name in run.aside] == ["step_000020", "step_000030"]
+    assert names(run) == ["step_000010"] and all((run.folder / name).is_dir() for name in run.aside)
+    save(run, 20, contents(99), keep=1)
+    assert names(run) == ["step_000020"]
+    assert_same(load(run.folder, make_layers()), contents(99))
+
+
+def test_a_step_of_another_run_starts_a_new_one(tmp_path):
+    first = begin(tmp_path)
+    step = save(first, 10, contents(), keep=3)
+    second = begin(tmp_path, step, RECIPE.replace("seed: 0", "seed: 1"), name="b")
+    assert second.start == step and second.changed == ("run.seed: 0 -> 1",)
+    assert names(first) == ["step_000010"] and names(second) == []
+    save(second, 20, contents(), keep=3)
+    with pytest.raises(MassError, match="run .*/b exists"):
+        begin(tmp_path, step, name="b")
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", ".", "/etc", "step_000010"])
+def test_a_name_that_leaves_the_folder_is_refused(tmp_path, name):
+    with pytest.raises(MassError, match="run.name"):
+        begin(tmp_path, name=name)
+
+
+def test_bad_places_are_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(MassError, match="run.folder: .*file/a cannot be written"):
+        begin(tmp_path / "file")
+    with pytest.raises(MassError, match="run.resume=nowhere: there is no such folder"):
+        begin(tmp_path, "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(MassError, match="neither a step folder nor a run"):
+        begin(tmp_path, tmp_path / "empty")
+
+
+def test_leftovers_of_a_kill_are_removed(tmp_path):
+    run = begin(tmp_path)
+    (run.folder / ".step_000010.tmp-123").mkdir()
+    (run.folder / ".step_000010.tmp-123" / "x").touch()
+    (run.folder / ".latest.tmp-123").touch()
+    begin(tmp_path)
+    assert hidden(run.folder) == []
+
+
+def test_a_run_in_use_by_another_process_is_refused(tmp_path):
+    run = begin(tmp_path)
+    begin(tmp_path, "auto")  # the same process may reopen it
+    (run.folder / ".step_000010.tmp-123").mkdir()
+    code = (
+        "import sys; from mass.checkpoint import open_run; from mass.errors import MassError\n"
+        "try: open_run(sys.argv[1], 'a', '', 'auto')\n"
+        "except MassError as error: print(error)"
+    )
+    out = python(code, str(tmp_path)).stdout
+    assert f"is in use by process {os.getpid()}" in out
+    # what a living process is writing was not taken for a leftover
+    assert hidden(run.folder) == [".step_000010.tmp-123"]
