@@ -5,17 +5,24 @@ import os
 # two cores are shared by all that runs here; set before torch is imported
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from chain import save_chain
+from handmade import GOOD, PROBLEMS
 from ranks import Ranks
 from runs import write_recipe
-from tiny import tiny, tiny_lm
+from tiny import tiny, tiny_kit, tiny_lm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from mass import choices, methods
+from mass.choices import Kit
+from mass.generate import Rollout
 from mass.model import LanguageModel
+from mass.practice import Practice, pack_examples
+from mass.prompts import Example
 from mass.tiny import byte_tokenizer
 
 
@@ -52,3 +59,48 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def recipe(tmp_path_factory: pytest.TempPathFactory, chain: Path) -> Path:
     """A recipe on the chain model and problems that it can solve by luck."""
     return write_recipe(tmp_path_factory.mktemp("recipe"), chain)
+
+
+@pytest.fixture(scope="module")
+def kit() -> Kit:
+    """Test time on a tiny random model, four examples a problem."""
+    return tiny_kit(examples=4)
+
+
+@pytest.fixture
+def handmade(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GOOD of tests/handmade.py as what the model writes, three tokens each."""
+
+    def write(
+        lm: LanguageModel, prompts: Any, targets: Sequence[str], *, solve_shots: Any, **_: Any
+    ) -> Practice:
+        ids = {p.text: p.id for p in PROBLEMS}
+        examples = [
+            [
+                Example("", "", False, "empty") if x is None else Example(x[0], x[1], True, "")
+                for x in GOOD[ids[text]]
+            ]
+            for text in targets
+        ]
+        packed, valid_TN = pack_examples(lm, prompts, examples, solve_shots)
+        return Practice(
+            [], [[Rollout([1, 2, 3], [0.0] * 3, True, "")] * 3] * len(targets), examples, packed, valid_TN
+        )
+
+    monkeypatch.setattr(choices.examples, "write_examples", write)
+
+
+@pytest.fixture
+def answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A random model states no answer: its first character counts as one."""
+    stated = lambda text, **_: text[:1] or None  # noqa: E731
+    for module in (
+        choices.answers,
+        choices.examples,
+        choices.gates,
+        choices.kit,
+        choices.weights,
+        choices.signals,
+        methods,
+    ):
+        monkeypatch.setattr(module, "find_answer", stated)

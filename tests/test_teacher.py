@@ -1,0 +1,116 @@
+"""Examples by a second model, local or at an address that may be slow, broken or away."""
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+from handmade import PLAIN
+from tiny import tiny_lm
+
+from mass import teacher
+from mass.choices import Kit
+from mass.errors import MassError
+from mass.generate import Rollout
+from mass.methods import METHODS, solve
+from mass.practice import Sampling
+from mass.problems import Problem
+from mass.prompts import make_prompts
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, list[Any], dict[str, Any]]]:
+    """An address that answers as `behave` says, and what it was asked."""
+    asked: list[Any] = []
+    behave: dict[str, Any] = {}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked.append((self.path, body, self.headers.get("Authorization")))
+            problem = next(p for p in behave if p in body["messages"][-1]["content"])
+            what = behave[problem]
+            if what == "slow":
+                time.sleep(1.5)
+                return
+            if isinstance(what, int):
+                self.send_response(what)
+                self.send_header("Location", "http://127.0.0.1:9/")
+                self.end_headers()
+                return
+            text = f"Problem: {what} {body['seed']}?\nSolution: Answer: 3"
+            data = json.dumps({"choices": [{"message": {"content": text}, "finish_reason": "stop"}]})
+            data = "{" if what == "broken" else data
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(data.encode())
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=httpd.serve_forever)
+    thread.start()
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    yield f"http://127.0.0.1:{httpd.server_port}/v1#big", asked, behave
+    httpd.shutdown()
+    httpd.server_close()
+    thread.join()
+
+
+def test_teacher_at_an_address(kit: Kit, server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    url, asked, behave = server
+    behave |= {
+        "4 + 3": "What is 1 + 2, or",
+        "slow one": "slow",
+        "refused": 503,
+        "moved": 302,
+        "torn": "broken",
+    }
+    monkeypatch.setenv("MASS_TEACHER_KEY", "sesame")
+    far = teacher.address(url, kit.lm.tokenizer, kit.writing, 0.5)
+    open_gate = replace(METHODS["tt-d"], gate=None)
+    monkeypatch.setitem(METHODS, "tt-d", open_gate)
+    problems = [PLAIN, *(Problem(x, x) for x in ("slow one", "refused", "moved", "torn"))]
+    started = time.monotonic()
+    kit = replace(kit, teacher=far, examples=2)
+    records = solve(kit, problems, "tt-d", baselines=False)
+    assert time.monotonic() - started < 20
+    good = records[0]
+    assert (
+        all(e.valid and e.problem.startswith("What is 1 + 2") for e in good.examples) and len(good.steps) == 2
+    )
+    assert good.examples[0].problem != good.examples[1].problem and good.tokens.generated > 60
+    for record, reason in zip(
+        records[1:],
+        ("gave nothing within 0.5 s 2", "answers 503", "answers 302", "reply cannot be read"),
+        strict=True,
+    ):
+        assert record.error is None and record.steps == () and record.solution
+        assert record.note.startswith("none of 2 examples is valid (teacher") and reason in record.note
+    path, body, key = asked[0]
+    assert path == "/v1/chat/completions" and body["model"] == "big" and body["max_tokens"] == 10
+    assert key == "Bearer sesame" and [m["role"] for m in body["messages"]] == ["user"]
+    # alone as beside those that fail
+    (alone,) = solve(kit, [PLAIN], "tt-d", baselines=False)
+    assert alone.solution == good.solution
+
+
+def test_teacher_that_is_a_model_writes_and_the_student_learns(
+    kit: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tiny_lm("qwen2")
+    near = teacher.local(other, make_prompts(other.tokenizer, "plain"), Sampling(10, 1.0))
+    (own,) = near([PLAIN.text], [()], [[1, 2]])
+    assert [len(r.tokens) for r in own if isinstance(r, Rollout)] == [3, 10]
+    with pytest.raises(
+        MassError, match="tt-d has its examples from a stronger model: name it with --teacher"
+    ):
+        solve(kit, [PLAIN], "tt-d")
+    for wrong in ("http://x/v1", "http://#m", "ftp://x/v1#m"):
+        with pytest.raises(MassError, match="an address is written http://HOST:PORT/v1#MODEL"):
+            teacher.address(wrong, kit.lm.tokenizer, kit.writing, 1.0)
