@@ -16,6 +16,7 @@ from ranks import Ranks
 from runs import write_recipe
 from tiny import tiny, tiny_kit, tiny_lm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from writers import build
 
 from mass import choices, methods
 from mass.choices import Kit
@@ -41,6 +42,12 @@ def tiny_llama() -> PreTrainedModel:
 def tiny_llama_lm() -> LanguageModel:
     """The same with empty LoRA slots of rank 2 on every linear layer."""
     return tiny_lm("llama")
+
+
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    """A model of tests/writers.py."""
+    return build()
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_bench import case, gradients, methods
 from test_decode import same
-from test_generate import build, some_adapters, some_prompts, tokens
+from writers import build, some_adapters, some_prompts, tokens
 
 from mass.generate import generate
 

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_generate import build, some_adapters, some_prompts
 from torch.fx.experimental.proxy_tensor import make_fx
+from writers import build, some_adapters, some_prompts
 
 from mass import decode
 from mass.generate import Rollout, generate

@@ -1,119 +1,23 @@
 """Generated text against `transformers`' own, alone and in company; the model afterwards."""
 
-import contextlib
 import gc
 import random
-import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from writers import MODELS, build, interrupted, some_adapters, some_prompts, tokens
 
 from mass import lora
 from mass.errors import MassError
-from mass.fastlinear import RowAdapters
-from mass.generate import Rollout, generate
+from mass.generate import generate
 from mass.kvcache import RowCache
-
-VOCABULARY = 300
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
-MODELS = {
-    "llama": (LlamaForCausalLM, LlamaConfig, {}),
-    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {}),
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {}),
-    "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": 9}),
-    "gemma2": (Gemma2ForCausalLM, Gemma2Config, {"sliding_window": 9, "attn_implementation": "eager"}),
-    "gemma3": (
-        Gemma3ForCausalLM,
-        Gemma3TextConfig,
-        {
-            "sliding_window": 9,
-            "layer_types": ["sliding_attention", "full_attention"],
-            "query_pre_attn_scalar": 16,
-        },
-    ),
-}
-
-
-class Letters:
-    """A tokenizer that only decodes: token i is the character chr(32 + i), 0 to 2 are special."""
-
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False, **_: object) -> str:
-        return "".join(chr(32 + i) for i in ids if not (skip_special_tokens and i < 3))
-
-
-def build(kind: str = "llama", dtype: torch.dtype = torch.float32) -> Any:
-    """A tiny model with random weights whose greedy text does not settle on one token."""
-    cls, config, more = MODELS[kind]
-    torch.manual_seed(0)
-    hf = cls(config(**SIZES, **more)).to(dtype).eval().requires_grad_(False)
-    for name, parameter in hf.named_parameters():
-        if parameter.dim() > 1:
-            parameter.normal_(0, 0.3)
-        elif "norm" in name:
-            parameter.add_(0.5 * torch.randn_like(parameter))
-    # or a tied head names the token that came in
-    with torch.no_grad():
-        hf.lm_head.weight = torch.nn.Parameter(torch.randn(VOCABULARY, 64).to(dtype), requires_grad=False)
-    layers = lora.attach(hf, lora.LoraShape(4, 8, ("all-linear",)))
-    return types.SimpleNamespace(
-        hf=hf, tokenizer=Letters(), lora=layers, shards=None, device=torch.device("cpu")
-    )
-
-
-@pytest.fixture(scope="module")
-def llama() -> Any:
-    return build()
-
-
-def some_prompts(count: int, longest: int = 24, seed: int = 0) -> list[list[int]]:
-    draw = random.Random(seed)
-    return [[draw.randrange(3, VOCABULARY) for _ in range(draw.randint(1, longest))] for _ in range(count)]
-
-
-def some_adapters(lm: Any, count: int, rank: int = 4) -> lora.Adapter:
-    generator = torch.Generator().manual_seed(7)
-    one = [lora.fresh(lm.lora, rank, generator) for _ in range(count)]
-    return {
-        key: torch.stack([torch.randn(a[key].shape, generator=generator) * 0.2 for a in one])
-        for key in one[0]
-    }
 
 
 def reference(lm: Any, prompt: Sequence[int], new: int) -> list[int]:
     out = lm.hf.generate(torch.tensor([prompt]), max_new_tokens=new, do_sample=False)
     return out[0, len(prompt) :].tolist()
-
-
-def tokens(rollouts: Sequence[Rollout]) -> list[list[int]]:
-    return [rollout.tokens for rollout in rollouts]
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -198,65 +102,6 @@ def test_only_a_prompt_that_rows_share_is_kept_apart() -> None:
     assert layer.values[3, 0, 1:40, 0].tolist() == [-float(i) for i in range(41, 80)]
 
 
-def test_layers_called_with_one_tensor_share_the_product_by_a(llama: Any) -> None:
-    adapters = some_adapters(llama, 3)
-    rows = RowAdapters(llama.lora, adapters)
-    x = torch.tensor([[5, 6, 7], [9, 8, 7], [5, 5, 5]])
-    index = [2, 0, 2]
-    want = []
-    for i, which in enumerate(index):
-        with lora.using(llama.lora, lora.select(adapters, [which])):
-            want.append(llama.hf(x[i : i + 1]).logits)
-
-    def products() -> int:
-        with torch.profiler.profile() as seen:
-            got = llama.hf(x).logits
-        torch.testing.assert_close(got, torch.cat(want), atol=1e-4, rtol=1e-4)
-        return sum(event.count for event in seen.key_averages() if event.key == "aten::bmm")
-
-    rows.set_rows(index, tokens=3)
-    with rows.applied():
-        first = products()
-    # q, k, v and gate, up: three products by A fewer in each of two layers
-    with rows.applied():
-        assert first - products() == 2 * 3
-
-
-@pytest.mark.parametrize("count", [1, 5, 70])
-def test_bf16_layers_with_an_adapter_a_row(count: int) -> None:
-    lm = build(dtype=torch.bfloat16)
-    adapters = some_adapters(lm, count)
-    layer = next(iter(lm.lora.values()))
-    x = torch.randn(count, 1, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
-    rows = RowAdapters(lm.lora, adapters)
-    rows.set_rows(range(count))
-    with torch.no_grad():
-        with rows.applied():
-            got = layer(x).float()
-        base = layer(x).float()
-        with lora.using(lm.lora, adapters):
-            want = layer(x).float()
-    assert (want - base).abs().mean() > 0.3
-    torch.testing.assert_close(got, want, atol=0.1, rtol=0.02)
-
-
-def test_a_layer_that_the_first_forward_left_out_follows_the_rows_too(llama: Any) -> None:
-    adapters = some_adapters(llama, 4)
-    rows = RowAdapters(llama.lora, adapters)
-    rows.set_rows([0, 1, 2, 3])
-    first, *_, last = llama.lora
-    width = llama.lora[last].weight.shape[1]
-    x = torch.randn(1, 1, width, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        with rows.applied():
-            llama.lora[first](torch.randn(4, 1, llama.lora[first].weight.shape[1]))
-        rows.set_rows([3])
-        with rows.applied():
-            got = llama.lora[last](x)
-        with lora.using(llama.lora, lora.select(adapters, [3])):
-            torch.testing.assert_close(got, llama.lora[last](x), atol=1e-5, rtol=1e-5)
-
-
 def test_the_base_model_answers_where_a_slot_is_full(llama: Any) -> None:
     settings: dict[str, Any] = {"seeds": [0], "max_new_tokens": 8, "temperature": 0.0}
     want = tokens(generate(llama, [[5, 6]], **settings))
@@ -306,60 +151,6 @@ def test_logprobs_are_those_of_a_full_forward(llama: Any, with_adapters: bool) -
         torch.testing.assert_close(torch.tensor(row.logprobs), want, atol=2e-4, rtol=1e-4)
 
 
-def test_stop_ids_end_a_row_and_leave_no_trace_in_its_text(llama: Any) -> None:
-    free = generate(llama, [[5, 6, 7]], seeds=[3], max_new_tokens=20)[0]
-    assert not free.finished
-    assert free.text == Letters().decode(free.tokens, skip_special_tokens=True)
-    stop = free.tokens[9]
-    row = generate(llama, [[5, 6, 7]], seeds=[3], max_new_tokens=20, stop_ids=[stop])[0]
-    first = free.tokens.index(stop)
-    assert row.finished
-    assert row.tokens == free.tokens[: first + 1]
-    assert row.text == Letters().decode(free.tokens[:first], skip_special_tokens=True)
-
-
-def test_stop_strings_end_a_row_at_the_token_that_completes_them(llama: Any) -> None:
-    free = generate(llama, [[5, 6, 7]], seeds=[3], max_new_tokens=20)[0]
-    # no special token among those that the string is made of
-    assert min(free.tokens[:9]) > 2
-    string = free.text[6:9]
-    row = generate(llama, [[5, 6, 7]], seeds=[3], max_new_tokens=20, stop_strings=["not in it", string])[0]
-    assert row.finished
-    assert row.tokens == free.tokens[:9]
-    assert row.text == free.text[:6]
-    at_the_limit = generate(llama, [[5, 6, 7]], seeds=[3], max_new_tokens=9, stop_strings=[string])[0]
-    assert at_the_limit.finished
-
-
-def test_stop_strings_across_and_inside_tokens() -> None:
-    from mass.generate import _Stop
-
-    words = [" the", "\n", "\nEnd", " of.", "", "Prob", "lem:", "�", " Problem: x"]
-    tokenizer = types.SimpleNamespace(decode=lambda ids, **_: "".join(words[i] for i in ids))
-    stop = _Stop(tokenizer, [4], ["\nEnd of", "Problem:"])
-    assert stop.ends([0, 4])
-    assert stop.ends([0, 2, 3])
-    assert stop.ends([1, 5, 6])
-    assert stop.ends([8])
-    assert not stop.ends([2, 0])
-    assert not stop.ends([5, 0, 6])
-    assert stop.text([0, 2, 3]) == " the"
-    assert stop.text([0, 8]) == " the "
-    assert stop.text([0, 0, 4]) == " the the"
-
-
-def test_rows_that_leave_do_not_change_the_others(llama: Any) -> None:
-    prompts = some_prompts(30, seed=9)
-    settings: dict[str, Any] = {"seeds": range(30), "max_new_tokens": 40}
-    free = generate(llama, prompts, **settings)
-    stops = list(range(20, 30))
-    rows = generate(llama, prompts, stop_ids=stops, **settings)
-    assert 5 < sum(row.finished for row in rows) < 30
-    for row, whole in zip(rows, free, strict=True):
-        assert row.tokens == whole.tokens[: len(row.tokens)]
-        assert row.finished or len(row.tokens) == 40
-
-
 def test_long_rows_outgrow_the_buffers(llama: Any) -> None:
     prompts = some_prompts(9, seed=2)
     want = [reference(llama, prompt, 75) for prompt in prompts]
@@ -368,24 +159,6 @@ def test_long_rows_outgrow_the_buffers(llama: Any) -> None:
             llama, prompts, seeds=[0] * 9, max_new_tokens=75, temperature=0.0, batch_rows=batch_rows
         )
         assert tokens(rows) == want
-
-
-@contextlib.contextmanager
-def interrupted(hf: torch.nn.Module, after: int) -> Iterator[None]:
-    """Ctrl-C in the middle of the second layer, some steps in."""
-    calls = 0
-
-    def hook(*_: object) -> None:
-        nonlocal calls
-        calls += 1
-        if calls > after:
-            raise KeyboardInterrupt
-
-    handle = hf.model.layers[1].mlp.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -419,14 +192,6 @@ def test_bf16_follows_its_own_full_forward() -> None:
             logits = lm.hf(torch.tensor([prompt + row.tokens])).logits[0, len(prompt) - 1 : -1].float()
             want = logits.log_softmax(-1).gather(1, torch.tensor(row.tokens).unsqueeze(1)).squeeze(1)
             assert (torch.tensor(row.logprobs) - want).abs().mean() < 0.2
-
-
-def test_packed_weights_follow_a_weight_that_changes() -> None:
-    lm = build(dtype=torch.bfloat16)
-    settings: dict[str, Any] = {"seeds": [0], "max_new_tokens": 6, "temperature": 0.0}
-    first = tokens(generate(lm, [[5, 6, 7]], **settings))
-    lm.hf.lm_head.weight.copy_(lm.hf.lm_head.weight.roll(1, 0))
-    assert tokens(generate(lm, [[5, 6, 7]], **settings)) != first
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_generate import build, interrupted, some_adapters, some_prompts, tokens
 from tiny import tiny_lm
 from transformers import GenerationConfig
+from writers import build, interrupted, some_adapters, some_prompts, tokens
 
 from mass import lora
 from mass.generate import Rollout, generate
@@ -18,11 +18,6 @@ from mass.recipe import load
 from mass.setting import answer_sampling, example_sampling
 
 INDEX = [i % 3 for i in range(20)]
-
-
-@pytest.fixture(scope="module")
-def llama() -> Any:
-    return build()
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])

@@ -1,0 +1,78 @@
+"""Linear layers of the decode loop: an adapter a row, and packed weights."""
+
+from typing import Any
+
+import pytest
+import torch
+from writers import build, some_adapters, tokens
+
+from mass import lora
+from mass.fastlinear import RowAdapters
+from mass.generate import generate
+
+
+def test_layers_called_with_one_tensor_share_the_product_by_a(llama: Any) -> None:
+    adapters = some_adapters(llama, 3)
+    rows = RowAdapters(llama.lora, adapters)
+    x = torch.tensor([[5, 6, 7], [9, 8, 7], [5, 5, 5]])
+    index = [2, 0, 2]
+    want = []
+    for i, which in enumerate(index):
+        with lora.using(llama.lora, lora.select(adapters, [which])):
+            want.append(llama.hf(x[i : i + 1]).logits)
+
+    def products() -> int:
+        with torch.profiler.profile() as seen:
+            got = llama.hf(x).logits
+        torch.testing.assert_close(got, torch.cat(want), atol=1e-4, rtol=1e-4)
+        return sum(event.count for event in seen.key_averages() if event.key == "aten::bmm")
+
+    rows.set_rows(index, tokens=3)
+    with rows.applied():
+        first = products()
+    # q, k, v and gate, up: three products by A fewer in each of two layers
+    with rows.applied():
+        assert first - products() == 2 * 3
+
+
+@pytest.mark.parametrize("count", [1, 5, 70])
+def test_bf16_layers_with_an_adapter_a_row(count: int) -> None:
+    lm = build(dtype=torch.bfloat16)
+    adapters = some_adapters(lm, count)
+    layer = next(iter(lm.lora.values()))
+    x = torch.randn(count, 1, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    rows = RowAdapters(lm.lora, adapters)
+    rows.set_rows(range(count))
+    with torch.no_grad():
+        with rows.applied():
+            got = layer(x).float()
+        base = layer(x).float()
+        with lora.using(lm.lora, adapters):
+            want = layer(x).float()
+    assert (want - base).abs().mean() > 0.3
+    torch.testing.assert_close(got, want, atol=0.1, rtol=0.02)
+
+
+def test_a_layer_that_the_first_forward_left_out_follows_the_rows_too(llama: Any) -> None:
+    adapters = some_adapters(llama, 4)
+    rows = RowAdapters(llama.lora, adapters)
+    rows.set_rows([0, 1, 2, 3])
+    first, *_, last = llama.lora
+    width = llama.lora[last].weight.shape[1]
+    x = torch.randn(1, 1, width, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        with rows.applied():
+            llama.lora[first](torch.randn(4, 1, llama.lora[first].weight.shape[1]))
+        rows.set_rows([3])
+        with rows.applied():
+            got = llama.lora[last](x)
+        with lora.using(llama.lora, lora.select(adapters, [3])):
+            torch.testing.assert_close(got, llama.lora[last](x), atol=1e-5, rtol=1e-5)
+
+
+def test_packed_weights_follow_a_weight_that_changes() -> None:
+    lm = build(dtype=torch.bfloat16)
+    settings: dict[str, Any] = {"seeds": [0], "max_new_tokens": 6, "temperature": 0.0}
+    first = tokens(generate(lm, [[5, 6, 7]], **settings))
+    lm.hf.lm_head.weight.copy_(lm.hf.lm_head.weight.roll(1, 0))
+    assert tokens(generate(lm, [[5, 6, 7]], **settings)) != first
