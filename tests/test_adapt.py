@@ -3,35 +3,22 @@
 import errno
 import io
 import json
-import math
 import re
 import shutil
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-import yaml
-from rich.console import Console
+from folders import make_tiny_run
 
-from mass import checkpoint, filerun
 from mass import command as command_module
-from mass import kit as kit_module
-from mass.checkpoint import Contents, open_run
 from mass.command import main
-from mass.errors import MassError
-from mass.filerun import adapt_problems, as_line, as_row
-from mass.kit import build_kit, plan
-from mass.lora import LoraShape, attach, fresh
-from mass.methods import METHODS, Made, Record, Seconds, StepLoss, Tokens
-from mass.model import load
-from mass.problems import BadLine, Problem
-from mass.scorer import Scorer
-from mass.view import view
+from mass.kit import plan
+from mass.methods import METHODS, Made, Seconds, StepLoss, Tokens
 
 FIELDS = {
     "position": int, "key": str,
@@ -39,48 +26,15 @@ FIELDS = {
     "vote_answer": str | None, "votes": int, "solution": str, "base_solution": str, "examples": list, "steps": list,
     "tokens": dict, "seconds": dict, "note": str, "error": str | None, "finished": bool,
 }  # fmt: skip
-SHOTS = [{"id": f"s{i}", "problem": f"What is {i} + 2?", "solution": f"Answer: {i + 2}", "answer": str(i + 2), "source": "x"}
-         for i in range(4)]  # fmt: skip
 SHORT = ["generate.max_new_tokens=6", "generate.answer_tokens=5", "generate.examples=2"]
+
+
+Command = Callable[..., SimpleNamespace]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder with steps 1 and 2, as training leaves it."""
-    recipe = {
-        "run": {"name": "r"},
-        "model": {"path": "tiny:llama", "dtype": "fp32"},
-        "problems": {"train": ["gym:chain_sum"]},
-        "prompt": {"style": "plain", "generate_shots": 1, "pool": 4},
-        "lora": {"rank": 2, "alpha": 4.0},
-        "scorer": {"hidden": 8},
-        "generate": {"max_new_tokens": 6, "answer_tokens": 5, "examples": 2},
-        "inner": {"lr": 0.25, "learned_lr": "one"},
-    }
-    hf, _ = load("tiny:llama", dtype="fp32", device="cpu")
-    base = checkpoint.fingerprint(hf.named_parameters())
-    shape = LoraShape(2, 4.0, ("all-linear",))
-    layers = attach(hf, shape)
-    opened = open_run(tmp_path_factory.mktemp("runs"), "r", yaml.safe_dump(recipe), "no")
-    for step in (1, 2):
-        generator = torch.Generator().manual_seed(step)
-        policy = {
-            key: x + 0.1 * torch.randn(x.shape, generator=generator)
-            for key, x in fresh(layers, 2, generator).items()
-        }
-        with torch.random.fork_rng():
-            torch.manual_seed(step)
-            scorer = Scorer(hf.config.hidden_size, 2, 8).state_dict()
-        contents = Contents(
-            policy, shape, "tiny:llama", scorer, {}, [torch.get_rng_state()],
-            {"fingerprint": base, "extra": {"inner_lr": {"all": 0.125}}},
-        )  # fmt: skip
-        checkpoint.save(opened, step, contents, 0)
-    (opened.folder / "shots.jsonl").write_text("".join(json.dumps(shot) + "\n" for shot in SHOTS))
-    return opened.folder
-
-
-Command = Callable[..., SimpleNamespace]
+    return make_tiny_run(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture
@@ -131,21 +85,6 @@ def test_what_libraries_print_goes_to_standard_error(
     assert json.loads(said.out)["method"] == "none" and "noise" in said.err
 
 
-def test_kit_of_a_run_is_what_was_trained(run: Path) -> None:
-    kit = build_kit(plan(str(run), None, ["inner.steps=1", "generate.examples=5", "inner.max_growth=3"]))
-    contents = checkpoint.load(run / "step_000002", kit.lm.lora)
-    assert kit.policy is not None and kit.policy.keys() == contents.policy.keys()
-    assert all(torch.equal(x, contents.policy[key]) for key, x in kit.policy.items())
-    assert kit.head is not None
-    assert all(torch.equal(x, contents.scorer[key]) for key, x in kit.head.state_dict().items())
-    assert {float(x) for x in kit.lr.values()} == {0.125} and kit.lr.keys() == kit.policy.keys()
-    assert (kit.steps, kit.examples, kit.max_growth) == (1, 5, 3)
-    assert [t.problem.id for t in kit.pool] == ["s0", "s1", "s2", "s3"] and kit.generate_shots == 1
-    assert kit.lm.shape is not None and kit.lm.shape.scale == 2.0
-    own = build_kit(plan(str(run), None, ["inner.learned_lr=no", "inner.lr=0.5"]))
-    assert {float(x) for x in own.lr.values()} == {0.5}
-
-
 def test_newest_good_step_is_taken_when_the_newest_is_damaged(
     run: Path, command: Command, tmp_path: Path
 ) -> None:
@@ -154,17 +93,6 @@ def test_newest_good_step_is_taken_when_the_newest_is_damaged(
     damaged = command("--run", str(copy / "step_000002"), "--problem", "x")
     assert damaged.code == 2 and "scorer.safetensors" in damaged.err and "step_000001" in damaged.err
     assert plan(str(copy), None).step == (copy / "step_000001").resolve()
-
-
-def test_learned_rate_of_each_layer(run: Path) -> None:
-    r = plan(str(run), None).recipe
-    r = replace(r, inner=replace(r.inner, learned_lr="layer"))
-    parts = SimpleNamespace(prefix=["model.layers.0.", "model.layers.1."])
-    keys = ["model.layers.0.q.A", "model.layers.1.q.B", "elsewhere.A"]
-    rates = kit_module._rates(
-        r, {"block0": 0.5, "block1": 0.25, "rest": 2.0}, keys, parts, torch.device("cpu")
-    )  # type: ignore[arg-type]
-    assert [float(rates[key]) for key in keys] == [0.5, 0.25, 2.0]
 
 
 def test_peft_folder_and_bare_model_have_no_scorer(run: Path, command: Command) -> None:
@@ -233,28 +161,6 @@ def test_file_with_bad_lines(run: Path, command: Command, tmp_path: Path) -> Non
     assert {**json.loads(alone.out), "seconds": 0, "position": 6} == {**records[5], "seconds": 0}
 
 
-def test_records_come_as_batches_finish(monkeypatch: pytest.MonkeyPatch) -> None:
-    batches: list[list[str]] = []
-
-    def solve(kit: Any, problems: Sequence[Problem], method: str, *, baselines: bool) -> list[Record]:
-        batches.append([p.id for p in problems])
-        return [Record(p.id, p.text, method) for p in problems]
-
-    monkeypatch.setattr(filerun, "solve", solve)
-    items = [
-        Problem("a", "1"),
-        BadLine(2, "bad", "x"),
-        Problem("b", "1 + 1 + 1"),
-        BadLine(4, "bad", ""),
-        Problem("c", "1 + 1"),
-    ]
-    found = adapt_problems(None, items, "none", 2)  # type: ignore[arg-type]
-    # what needs no model first, then the longest
-    assert [next(found).id, next(found).id] == ["line 2", "line 4"] and batches == []
-    assert next(found).id == "b" and batches == [["b", "c"]]
-    assert [r.id for r in found] == ["c", "a"] and batches == [["b", "c"], ["a"]]
-
-
 def test_standard_input(run: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     for data, ids in (
         (b'{"problem": "one", "id": "1"}\n{"problem": "two", "id": "2"}\n', ["1", "2"]),
@@ -309,17 +215,6 @@ def test_errors_are_one_sentence_and_exit_2(run: Path, command: Command, tmp_pat
     assert exists.read_text() == "" and not (tmp_path / "none").exists()
 
 
-def test_damaged_or_missing_shots(run: Path, tmp_path: Path) -> None:
-    copy = shutil.copytree(run, tmp_path / "r")
-    (copy / "shots.jsonl").write_text('{"id": 1')
-    with pytest.raises(MassError, match="shots.jsonl is damaged"):
-        build_kit(plan(str(copy), None))
-    (copy / "shots.jsonl").unlink()
-    with pytest.raises(MassError, match="prompt.generate_shots=0 prompt.solve_shots=0"):
-        build_kit(plan(str(copy), None))
-    assert build_kit(plan(str(copy), None, ["prompt.generate_shots=0"])).pool == []
-
-
 @pytest.mark.parametrize(("error", "code"), [(BrokenPipeError(), 0), (OSError(errno.ENOSPC, "full"), 2)])
 def test_standard_output_that_takes_no_more(
     run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: OSError, code: int
@@ -331,36 +226,6 @@ def test_standard_output_that_takes_no_more(
         monkeypatch.setattr(command_module, "_run", gone)
         monkeypatch.setattr(sys, "stdout", pipe)
         assert main(["--run", str(run), "--problem", "x"]) == code
-
-
-RECORD = Record(
-    "p1", "What is [bold]4[/] + 3?", "mass", "7", "5", "6", 12, "4 + 3 = 7\nAnswer: 7", "Answer: 5",
-    (Made("What is 1 + 1?", "Answer: 2", 2.25, True, ""), Made("What\x1b[31m", "", 0.0, False, "no_answer")),
-    (StepLoss(2.0, 1.5), StepLoss(1.5, math.nan)), Tokens(61, 80), Seconds(1.0, 0.5, 0.25, 2.0), "look here",
-)  # fmt: skip
-
-
-def test_json_of_numbers_that_are_not_finite() -> None:
-    row = json.loads(as_line(as_row(2, "k", RECORD)))
-    assert row["steps"][1] == {"before": 1.5, "after": None} and (row["position"], row["key"]) == (3, "k")
-
-
-def test_view_shows_curriculum_losses_and_answers() -> None:
-    def shown(record: Record, width: int = 120) -> str:
-        console = Console(file=io.StringIO(), width=width)
-        console.print(view(record, console.width))
-        return console.file.getvalue()  # type: ignore[attr-defined]
-
-    text = shown(RECORD)
-    assert "p1: What is [bold]4[/] + 3?" in text and "\x1b" not in text
-    assert "2.25 ##########" in text and "no_answer" in text and "Answer: 2" in text
-    assert "inner loss 2.000 -> 1.500 -> nan" in text and "note: look here" in text
-    assert "answer before 5, by vote of 12 samples 6, after 7\n" in text
-    assert "61 tokens generated, 80 trained; seconds: generate 1.0, score 0.5, adapt 0.2, answer 2.0" in text
-    assert "answer (none stated)\n" in shown(replace(RECORD, votes=0, answer=None))
-    failed = shown(Record("line 2", "oops", "mass", error="line 2: not JSON"))
-    assert "line 2: oops" in failed and "failed: line 2: not JSON" in failed and "answer" not in failed
-    assert "4 + 3 = 7" in shown(RECORD, 40)
 
 
 def test_human_view_is_the_default(run: Path, command: Command) -> None:

@@ -1,4 +1,4 @@
-"""mass-eval: its statistics against scipy and counts by hand, arms, disjoint problems, resuming, and the report."""
+"""mass-eval: disjoint problems, whole calls, resuming, and the report."""
 
 import dataclasses
 import json
@@ -13,69 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
+from folders import COUNT, DATA, make_run
 from ranks import Ranks
-from scipy import stats
 
-from mass import arms, checkpoint, compare, evaluate, filerun, results, tally
-from mass.checkpoint import Contents, open_run
+from mass import arms, compare, evaluate, filerun
 from mass.choices.kit import sample
 from mass.errors import MassError
 from mass.filerun import adapt_problems
 from mass.kit import build_kit, plan
-from mass.lora import LoraShape, attach, fresh
 from mass.methods import Made, Record
 from mass.model import load
 from mass.problems import content_key
 from mass.rewards import Verifier, find_answer
-from mass.scorer import Scorer
-
-DATA = Path(__file__).parent / "data"
-COUNT = 10
-
-
-def make_run(root: Path, name: str, **problems: Any) -> Path:
-    """A run folder as training leaves it, with the small base of the families world; its policy moves, its scorer is random."""
-    recipe = {
-        "run": {"name": name},
-        "model": {"path": str(DATA / "families"), "dtype": "fp32"},
-        "problems": {
-            "train": ["world:families"],
-            "heldout": ["world:families"],
-            "size": 20,
-            "heldout_size": COUNT,
-        }
-        | problems,
-        "prompt": {
-            "style": "plain",
-            "solve_instruction": "",
-            "generate_instruction": "",
-            "generate_shots": 0,
-            "pool": 0,
-        },
-        "lora": {"rank": 2, "alpha": 4.0},
-        "scorer": {"hidden": 8},
-        "generate": {"max_new_tokens": 28, "answer_tokens": 48, "examples": 4},
-        "inner": {"lr": 5.0, "clip": 0.1, "checkpoint": False},
-    }
-    hf, _ = load(str(DATA / "families"), dtype="fp32", device="cpu")
-    base = checkpoint.fingerprint(hf.named_parameters())
-    shape = LoraShape(2, 4.0, ("all-linear",))
-    generator = torch.Generator().manual_seed(len(name))
-    policy = {
-        key: x + 0.02 * torch.randn(x.shape, generator=generator)
-        for key, x in fresh(attach(hf, shape), 2, generator).items()
-    }
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        scorer = Scorer(hf.config.hidden_size, 2, 8).state_dict()
-    opened = open_run(root, name, yaml.safe_dump(recipe), "no")
-    contents = Contents(
-        policy, shape, "base", scorer, {}, [torch.get_rng_state()], {"fingerprint": base, "extra": {}}
-    )
-    checkpoint.save(opened, 1, contents, 0)
-    (opened.folder / "shots.jsonl").write_text("")
-    return opened.folder
 
 
 @pytest.fixture(scope="module")
@@ -85,160 +34,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def rows(path: Path) -> list[dict[str, Any]]:
     return [{**json.loads(line), "seconds": None} for line in path.read_text().splitlines()]
-
-
-# ---- statistics
-
-
-def test_paired_comparison_is_that_of_the_two_by_two_table() -> None:
-    # 30 both, 17 the first alone, 5 the second alone, 48 neither
-    a = np.array([1] * 30 + [1] * 17 + [0] * 5 + [0] * 48, bool)
-    b = np.array([1] * 30 + [0] * 17 + [1] * 5 + [0] * 48, bool)
-    found = compare.paired(a, b)
-    assert (found.won, found.lost, found.difference) == (17, 5, pytest.approx(0.12))
-    assert found.p == pytest.approx(stats.binomtest(5, 22, 0.5).pvalue) and 0.01 < found.p < 0.02
-    # the bootstrap's exact distribution: sums of 100 draws of +1, -1 and 0
-    draw = np.random.default_rng(7).multinomial(100, [0.17, 0.05, 0.78], size=400_000)
-    exact = np.quantile((draw[:, 0] - draw[:, 1]) / 100, [0.025, 0.975])
-    assert found.interval == pytest.approx(tuple(exact), abs=0.0101)
-    # what the pairs have in common does not widen it, as two separate samples would
-    separate = 2 * 1.96 * np.sqrt(a.var() / 100 + b.var() / 100)
-    assert found.interval[1] - found.interval[0] < 0.7 * separate  # type: ignore[index]
-    turned = compare.paired(b, a)
-    assert (turned.won, turned.lost, turned.p) == (5, 17, found.p) and turned.difference == -found.difference
-    assert compare.paired(a, a).p == 1.0 and compare.paired(a, a).interval == (0.0, 0.0)
-    with pytest.raises(ValueError, match="not answers to the same problems"):
-        compare.paired(a, b[:99])
-
-
-def test_interval_has_the_quantiles_of_the_binomial() -> None:
-    right = [True] * 60 + [False] * 140
-    found = compare.interval(right)
-    exact = stats.binom.ppf([0.025, 0.975], 200, 0.3) / 200
-    assert found == pytest.approx(tuple(exact), abs=0.0051) and compare.interval(right) == found
-    assert compare.interval([True] * 9) == (1.0, 1.0) and compare.interval([True]) is None
-
-
-def test_holm_by_hand() -> None:
-    assert compare.holm([0.01, 0.04, 0.03, 0.5]) == pytest.approx([0.04, 0.09, 0.09, 0.5])
-    assert compare.holm([]) == []
-
-
-def row(score: float | None, source: str = "a", **more: Any) -> dict[str, Any]:
-    return {
-        "score": score,
-        "source": source,
-        "error": None,
-        "answer": "x",
-        "flops": 10,
-        "tokens": {"generated": 3, "trained": 4},
-        "seconds": {"generate": 0.5, "score": 0.25, "adapt": 0.0, "answer": 0.25},
-        "examples": [],
-        "truth": [],
-        "tries": [],
-    } | more
-
-
-def test_a_table_from_rows_counted_by_hand() -> None:
-    def example(weight: float | None, reason: str = "") -> dict[str, Any]:
-        return {"weight": weight, "reason": reason}
-
-    first = row(1.0, examples=[example(w) for w in (2.0, 1.0, 1.0, 0.0)] + [example(0.0, "copy")],
-                truth=[[True, True, True], [False, True, True], [True, True, False], [True, False, None], None])  # fmt: skip
-    second = row(0.5, examples=[example(0.5), example(3.5), example(None)],
-                 truth=[[True, True, True], [False, False, False], [True, True, True]])  # fmt: skip
-    answers = {
-        "none": [row(0.0), row(1.0), row(None, "b"), row(0.0, "b", answer=None)],
-        "vote": [
-            row(0.0, tries=[0.0, 1.0, 0.0, 0.0]),
-            row(1.0, tries=[1.0, 1.0, None]),
-            row(1.0, "b", tries=[1.0, 1.0, 1.0]),
-            row(0.0, "b", error="too long", answer=None),
-        ],
-        "mass": [first, second, row(1.0, "b"), row(1.0, "b")],
-    }
-    found = tally.results(answers, trained=["a"])
-    none, vote, mass = found["arms"]
-    assert [arm["right"] for arm in found["arms"]] == [1, 2, 3] and mass["accuracy"] == 0.75
-    assert mass["score"] == pytest.approx((1 + 0.5 + 1 + 1) / 4) and mass["interval"] == compare.interval(
-        [1, 0, 1, 1]
-    )
-    # by all subsets of 1, 2 and 3 tries; the problem that failed has none right
-    at = [(1 / 4 + 2 / 3 + 1) / 4, (3 / 6 + 3 / 3 + 1) / 4, (3 / 4 + 1 + 1) / 4]
-    assert vote["tries"] == {"least": 3, "most": 4, "any": 0.75, "at": pytest.approx(at)}
-    assert none["tries"] is None is mass["tries"]
-    del answers["vote"][0]["tries"]  # of an earlier version
-    assert tally.results(answers)["arms"][1]["tries"]["any"] == 0.5
-    assert (none["unverified"], none["no_answer"], vote["errors"], vote["no_answer"]) == (1, 1, 1, 0)
-    assert (mass["tokens"], mass["flops"], mass["seconds"], mass["per_minute"]) == (7, 10, 1, 60)
-    assert mass["parts"] == {"generate": 0.5, "score": 0.25, "adapt": 0.0, "answer": 0.25}
-    assert (mass["examples"], mass["valid"], mass["copies"]) == (8, 7, 1) and none["truth"] is None
-    # good against other, task by task: 2 and 1 against 1 and 0; 0.5 against 3.5.
-    won = stats.mannwhitneyu([2.0, 1.0], [1.0, 0.0]).statistic
-    assert mass["truth"]["auc"] == pytest.approx(won / 5) == pytest.approx(3.5 / 5)
-    assert (mass["truth"]["known"], mass["truth"]["good"], mass["truth"]["honest"]) == (6, 0.5, 0.6)
-    assert sum(mass["truth"]["weights_good"]) == 3 == sum(mass["truth"]["weights_other"])
-    assert found["sources"] == [
-        {"source": "a", "trained": True, "problems": 2, "right": {"none": 1, "vote": 1, "mass": 1}},
-        {"source": "b", "trained": False, "problems": 2, "right": {"none": 0, "vote": 1, "mass": 2}},
-    ]
-    pairs = found["comparisons"]
-    assert [(x["arm"], x["against"]) for x in pairs] == [
-        ("vote", "none"),
-        ("mass", "none"),
-        ("mass", "vote"),
-    ]
-    assert [(x["won"], x["lost"], x["p"]) for x in pairs] == [(1, 0, 1.0), (3, 1, 0.625), (2, 1, 1.0)]
-    assert [x["p_holm"] for x in pairs] == compare.holm([x["p"] for x in pairs])
-
-
-# ---- arms
-
-
-def test_arms_say_what_runs_with_which_settings(run: Path) -> None:
-    wanted = plan(str(run), None, ["inner.clip=0.2"])
-    text = f"none, mass[inner.steps=1,scorer.layers=[0.5,1.0],budget=500],base:quest,{run}/step_000001:vote"
-    with pytest.raises(MassError, match=r"arm mass\[.*scorer.layers"):
-        arms.parse(text, wanted, ["inner.clip=0.2"], (str(run), None))
-    text = text.replace("scorer.layers=[0.5,1.0],", "model.attention=sdpa,")
-    none, mass, bare, other = arms.parse(text, wanted, ["inner.clip=0.2"], (str(run), None))
-    assert (none.method, mass.method, bare.method, other.method) == ("none", "mass", "quest", "vote")
-    assert (mass.plan.recipe.inner.steps, mass.plan.budget, none.plan.budget) == (1, 500, None)
-    assert {arm.plan.recipe.inner.clip for arm in (none, mass, bare, other)} == {0.2}
-    assert bare.bare and not none.bare and other.plan.step == run / "step_000001"
-    assert len({arm.key for arm in (none, mass, bare, other)}) == 4
-    assert len({arm.file for arm in (none, mass, bare, other)}) == 4 and none.file == "none.jsonl"
-    assert all("/" not in arm.file and not arm.file.startswith(".") for arm in (mass, bare, other))
-
-
-def test_arms_that_cannot_be_are_named(run: Path, tmp_path: Path) -> None:
-    wanted = plan(str(run), None)
-    cases = [
-        ("quets", "arm quets: method 'quets': did you mean quest?"),
-        ("none,none", "the arm none twice"),
-        (",", "names no arm"),
-        ("mass]", r"arm mass\]: an arm is METHOD"),
-        ("mass[problems.size=3]", "all arms answer the same problems"),
-        (
-            "mass[inner.stepz=3]",
-            r"arm mass\[inner.stepz=3\]: (.|\n)*inner.stepz: unknown key. Did you mean inner.steps",
-        ),
-        ("random", "random draws training problems, and there are none here"),
-        ("base:mass", "arm base:mass: method mass weighs by a trained scorer"),
-        (f"{tmp_path}/nowhere:mass", "there is no such folder"),
-        ("vote[budget=3]", "a budget of 3 is less than generate.answer_tokens=48"),
-        ("vote[budget=many]", "a number of tokens"),
-    ]
-    for text, sentence in cases:
-        with pytest.raises(MassError, match=sentence):
-            arms.parse(text, wanted, [], (str(run), None))
-
-
-def test_every_usable_arm_and_why_the_others_are_not(run: Path) -> None:
-    usable, reasons = arms.every_usable(plan(str(run), None), [])
-    names = [arm.name for arm in usable]
-    assert "mass" in names and "none" in names and not {"random", "ttt", "tt-d", "auto"} & set(names)
-    assert [reason.partition(" ")[0] for reason in reasons] == ["random", "ttt", "tt-d", "auto"]
 
 
 # ---- problems
@@ -415,16 +210,6 @@ def test_the_report_has_the_numbers_of_the_rows_and_loads_nothing(done: Path) ->
     assert used and used <= set(reader.ids) and len(reader.ids) == len(set(reader.ids))
     assert "currentColor" in page and "#010203" not in page
     assert "prefers-color-scheme: dark" in page and "@media print" in page
-
-
-def test_names_and_sources_are_text_in_the_report(tmp_path: Path) -> None:
-    evil = "<script>alert(1)</script>|$x_1$"
-    found = tally.results({evil: [row(1.0, evil), row(0.0, "b")], "none": [row(0.0, evil), row(0.0, "b")]})
-    found |= {"command": ["mass-eval", evil], "seed": 0, "versions": {}, "problems": 2, "left_out": 0, "repeated": 0}  # fmt: skip
-    results.write(tmp_path, found)
-    page = (tmp_path / "results.html").read_text()
-    assert "<script" not in page and page.count("&lt;script&gt;") > 5 and "$x_1$" in page
-    assert "<script>alert(1)</script>\\|$x_1$ | 0.500" in (tmp_path / "results.md").read_text()
 
 
 def killed(argv: list[str], calls: int) -> None:

@@ -19,7 +19,17 @@ from ranks import Ranks
 
 from mass import command, filerun
 from mass.errors import MassError
-from mass.filerun import append, as_line, as_row, group, key_of, put_in_order, read_done, run_batches
+from mass.filerun import (
+    adapt_problems,
+    append,
+    as_line,
+    as_row,
+    group,
+    key_of,
+    put_in_order,
+    read_done,
+    run_batches,
+)
 from mass.kit import plan
 from mass.methods import Record
 from mass.problems import BadLine, Problem
@@ -39,6 +49,28 @@ def line(place: int, keys: Sequence[str] = KEYS, text: str = "") -> str:
 def test_batches_hold_bad_lines_first_then_the_longest() -> None:
     assert group(ITEMS, 2) == [[3], [4, 0], [2, 1]]
     assert group(ITEMS, 100) == [[3], [4, 0, 2, 1]] and group([], 3) == []
+
+
+def test_records_come_as_batches_finish(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches: list[list[str]] = []
+
+    def solve(kit: Any, problems: Sequence[Problem], method: str, *, baselines: bool) -> list[Record]:
+        batches.append([p.id for p in problems])
+        return [Record(p.id, p.text, method) for p in problems]
+
+    monkeypatch.setattr(filerun, "solve", solve)
+    items = [
+        Problem("a", "1"),
+        BadLine(2, "bad", "x"),
+        Problem("b", "1 + 1 + 1"),
+        BadLine(4, "bad", ""),
+        Problem("c", "1 + 1"),
+    ]
+    found = adapt_problems(None, items, "none", 2)  # type: ignore[arg-type]
+    # what needs no model first, then the longest
+    assert [next(found).id, next(found).id] == ["line 2", "line 4"] and batches == []
+    assert next(found).id == "b" and batches == [["b", "c"]]
+    assert [r.id for r in found] == ["c", "a"] and batches == [["b", "c"], ["a"]]
 
 
 def test_key_depends_on_all_of_the_problem_and_on_the_settings() -> None:

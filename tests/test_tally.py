@@ -1,0 +1,76 @@
+"""From rows of answers to the numbers of an evaluation."""
+
+from typing import Any
+
+import pytest
+from scipy import stats
+
+from mass import compare, tally
+
+
+def row(score: float | None, source: str = "a", **more: Any) -> dict[str, Any]:
+    return {
+        "score": score,
+        "source": source,
+        "error": None,
+        "answer": "x",
+        "flops": 10,
+        "tokens": {"generated": 3, "trained": 4},
+        "seconds": {"generate": 0.5, "score": 0.25, "adapt": 0.0, "answer": 0.25},
+        "examples": [],
+        "truth": [],
+        "tries": [],
+    } | more
+
+
+def test_a_table_from_rows_counted_by_hand() -> None:
+    def example(weight: float | None, reason: str = "") -> dict[str, Any]:
+        return {"weight": weight, "reason": reason}
+
+    first = row(1.0, examples=[example(w) for w in (2.0, 1.0, 1.0, 0.0)] + [example(0.0, "copy")],
+                truth=[[True, True, True], [False, True, True], [True, True, False], [True, False, None], None])  # fmt: skip
+    second = row(0.5, examples=[example(0.5), example(3.5), example(None)],
+                 truth=[[True, True, True], [False, False, False], [True, True, True]])  # fmt: skip
+    answers = {
+        "none": [row(0.0), row(1.0), row(None, "b"), row(0.0, "b", answer=None)],
+        "vote": [
+            row(0.0, tries=[0.0, 1.0, 0.0, 0.0]),
+            row(1.0, tries=[1.0, 1.0, None]),
+            row(1.0, "b", tries=[1.0, 1.0, 1.0]),
+            row(0.0, "b", error="too long", answer=None),
+        ],
+        "mass": [first, second, row(1.0, "b"), row(1.0, "b")],
+    }
+    found = tally.results(answers, trained=["a"])
+    none, vote, mass = found["arms"]
+    assert [arm["right"] for arm in found["arms"]] == [1, 2, 3] and mass["accuracy"] == 0.75
+    assert mass["score"] == pytest.approx((1 + 0.5 + 1 + 1) / 4) and mass["interval"] == compare.interval(
+        [1, 0, 1, 1]
+    )
+    # by all subsets of 1, 2 and 3 tries; the problem that failed has none right
+    at = [(1 / 4 + 2 / 3 + 1) / 4, (3 / 6 + 3 / 3 + 1) / 4, (3 / 4 + 1 + 1) / 4]
+    assert vote["tries"] == {"least": 3, "most": 4, "any": 0.75, "at": pytest.approx(at)}
+    assert none["tries"] is None is mass["tries"]
+    del answers["vote"][0]["tries"]  # of an earlier version
+    assert tally.results(answers)["arms"][1]["tries"]["any"] == 0.5
+    assert (none["unverified"], none["no_answer"], vote["errors"], vote["no_answer"]) == (1, 1, 1, 0)
+    assert (mass["tokens"], mass["flops"], mass["seconds"], mass["per_minute"]) == (7, 10, 1, 60)
+    assert mass["parts"] == {"generate": 0.5, "score": 0.25, "adapt": 0.0, "answer": 0.25}
+    assert (mass["examples"], mass["valid"], mass["copies"]) == (8, 7, 1) and none["truth"] is None
+    # good against other, task by task: 2 and 1 against 1 and 0; 0.5 against 3.5.
+    won = stats.mannwhitneyu([2.0, 1.0], [1.0, 0.0]).statistic
+    assert mass["truth"]["auc"] == pytest.approx(won / 5) == pytest.approx(3.5 / 5)
+    assert (mass["truth"]["known"], mass["truth"]["good"], mass["truth"]["honest"]) == (6, 0.5, 0.6)
+    assert sum(mass["truth"]["weights_good"]) == 3 == sum(mass["truth"]["weights_other"])
+    assert found["sources"] == [
+        {"source": "a", "trained": True, "problems": 2, "right": {"none": 1, "vote": 1, "mass": 1}},
+        {"source": "b", "trained": False, "problems": 2, "right": {"none": 0, "vote": 1, "mass": 2}},
+    ]
+    pairs = found["comparisons"]
+    assert [(x["arm"], x["against"]) for x in pairs] == [
+        ("vote", "none"),
+        ("mass", "none"),
+        ("mass", "vote"),
+    ]
+    assert [(x["won"], x["lost"], x["p"]) for x in pairs] == [(1, 0, 1.0), (3, 1, 0.625), (2, 1, 1.0)]
+    assert [x["p_holm"] for x in pairs] == compare.holm([x["p"] for x in pairs])
