@@ -5,7 +5,7 @@ import os
 # two cores are shared by all that runs here; set before torch is imported
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,3 +111,15 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> None:
         methods,
     ):
         monkeypatch.setattr(module, "find_answer", stated)
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[str], Path]:
+    """Makes a recipe file of a text."""
+
+    def write(text: str) -> Path:
+        path = tmp_path / "some.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write

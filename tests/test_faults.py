@@ -2,7 +2,7 @@
 
 In each case the others end within a minute and name the rank and the place, and the run goes on from its last save.
 Damage to saved files is in test_checkpoint.py, full disks, signals and gradients that are not finite in
-test_train_stops.py, verifiers by themselves in test_rewards.py.
+test_train_stops.py, verifiers by themselves in test_judge.py.
 """
 
 import os
