@@ -1,28 +1,22 @@
 """The run folder: open it, save a step so that it is complete or absent, load it back verified.
 
     <folder>/<name>/recipe.yaml  log.jsonl  samples.jsonl  tb/  latest
-                    step_000010/policy/            PEFT: adapter_config.json, adapter_model.safetensors
-                                scorer.safetensors  optimizer.safetensors  rng.safetensors
-                                meta.json          step, cursor, versions, ..., sha256 and size of every file
+                    step_000010/   (mass/stepfolder.py)
 
 A step is written beside (`.step_000010.tmp-<pid>`), synced to the disk, and renamed; so a folder named step_* is
-complete, and the newest of them is where a run continues. `latest` holds its name, for people and scripts. Reading
-trusts nothing: every file must have the hash that meta.json gives, meta.json its own. No pickle is written or read.
+complete, and the newest of them is where a run continues. `latest` holds its name, for people and scripts. Nothing is
+read before all of its step folder was verified.
 """
 
-import contextlib
 import dataclasses
 import errno
 import fcntl
 import hashlib
-import importlib.metadata
-import json
 import os
 import platform
-import re
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,25 +24,17 @@ import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
-from safetensors import torch as safetensors
 from torch import Tensor
 from yaml import YAMLError
 
+from mass import stepfolder
 from mass.errors import MassError
 from mass.log import fsync_folder, no_space, write_atomic
-from mass.lora import Layers, LoraShape, load_peft, save_peft
+from mass.lora import Layers
+from mass.stepfolder import STEP, Contents, number, read_meta
 
-FORMAT = 1
-FILES = (
-    "policy/adapter_config.json",
-    "policy/adapter_model.safetensors",
-    "scorer.safetensors",
-    "optimizer.safetensors",
-    "rng.safetensors",
-)
 # a change of these makes another network: its tensors would not fit
 ARCHITECTURE = ("model.path", "lora.", "scorer.layers", "scorer.hidden", "scorer.pool", "inner.learned_lr")
-STEP = re.compile(r"step_(\d{6,})")
 
 # locks held by this process until it ends, by run folder
 _locks: dict[Path, int] = {}
@@ -65,23 +51,6 @@ class Run:
     start: Path | None = None
     changed: tuple[str, ...] = ()
     aside: tuple[str, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Contents:
-    """All of a training state that a step folder holds.
-
-    policy: adapter without task axis, fp32. scorer, optimizer: name -> tensor, the optimizer's state whole, not
-    sharded. rng: one uint8 tensor a rank. meta: JSON values only (cursor, counters, fingerprint of the base, extra).
-    """
-
-    policy: dict[str, Tensor]
-    shape: LoraShape
-    base_name: str
-    scorer: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
-    rng: list[Tensor]
-    meta: dict[str, Any]
 
 
 def open_run(folder: Path, name: str, recipe_yaml: str, resume: str | Path) -> Run:
@@ -109,7 +78,7 @@ def open_run(folder: Path, name: str, recipe_yaml: str, resume: str | Path) -> R
             verify(start)
             changed = _changes(start, recipe_yaml)
             if start.parent.resolve() == root.resolve():
-                aside = [_set_aside(step) for step in steps(root) if _number(step) > _number(start)]
+                aside = [_set_aside(step) for step in steps(root) if number(step) > number(start)]
                 write_atomic(root / "latest", start.name + "\n")
         write_atomic(root / "recipe.yaml", recipe_yaml)
     except OSError as error:
@@ -128,14 +97,14 @@ def save(run: Run, step: int, contents: Contents, keep: int) -> Path:
     target = run.folder / f"step_{step:06d}"
     beside = run.folder / f".{target.name}.tmp-{os.getpid()}"
     try:
-        if target.exists() and _fault(target) is not None:
+        if target.exists() and stepfolder.fault(target) is not None:
             _set_aside(target)
         if not target.exists():
-            _write(beside, step, contents)
+            stepfolder.write(beside, step, contents)
             os.rename(beside, target)
             fsync_folder(run.folder)
         write_atomic(run.folder / "latest", target.name + "\n")
-        for old in [other for other in steps(run.folder) if _number(other) <= step][:-keep] if keep else []:
+        for old in [other for other in steps(run.folder) if number(other) <= step][:-keep] if keep else []:
             # out of sight in one stroke: a kill while its files go leaves no half step
             gone = run.folder / f".{old.name}.tmp-{os.getpid()}"
             os.rename(old, gone)
@@ -160,23 +129,13 @@ def load(folder: Path, layers: Layers, fingerprint: str | None = None) -> Conten
     """
     step = _step_in(Path(folder))
     verify(step)
-    meta = _read_meta(step / "meta.json")
+    meta = read_meta(step)
     saved = meta.get("fingerprint")
     if fingerprint is not None and saved is not None and saved != fingerprint:
         raise MassError(
             f"{step} was made on another base model: {meta['base']}. Set model.path to that model"
         )
-    rng = safetensors.load_file(step / "rng.safetensors")
-    lora = meta["lora"]
-    return Contents(
-        policy=load_peft(step / "policy", layers),
-        shape=LoraShape(lora["rank"], lora["alpha"], tuple(lora["targets"])),
-        base_name=meta["base"],
-        scorer=safetensors.load_file(step / "scorer.safetensors"),
-        optimizer=safetensors.load_file(step / "optimizer.safetensors"),
-        rng=[rng[key] for key in sorted(rng)],
-        meta={key: value for key, value in meta.items() if key != "files"},
-    )
+    return stepfolder.read(step, layers)
 
 
 def read_run(folder: Path) -> tuple[str, Path]:
@@ -199,7 +158,7 @@ def read_run(folder: Path) -> tuple[str, Path]:
 def steps(folder: Path) -> list[Path]:
     """The step folders of a run, oldest first."""
     found = [path for path in Path(folder).glob("step_*") if STEP.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=_number)
+    return sorted(found, key=number)
 
 
 def latest(folder: Path) -> Path | None:
@@ -210,25 +169,20 @@ def latest(folder: Path) -> Path | None:
 
 def newest_good(folder: Path) -> Path | None:
     """The newest step folder of a run in which every file is as it was written."""
-    return next((step for step in reversed(steps(folder)) if _fault(step) is None), None)
+    return next((step for step in reversed(steps(folder)) if stepfolder.fault(step) is None), None)
 
 
 def verify(step: Path) -> None:
     """Raise MassError, naming the file and the newest good step, unless all of a step folder is as it was written."""
-    fault = _fault(step)
-    if fault is not None:
+    wrong = stepfolder.fault(step)
+    if wrong is not None:
         good = newest_good(step.parent)
         way_out = (
             f"The newest good save is {good.name}: run.resume={good} continues there"
             if good
             else f"{step.parent} has no good save: choose another run.name to start anew"
         )
-        raise MassError(f"{fault}. {way_out}")
-
-
-def read_meta(step: Path) -> dict[str, Any]:
-    """The meta.json of a step folder that `open_run` or `verify` has found sound."""
-    return _read_meta(step / "meta.json")
+        raise MassError(f"{wrong}. {way_out}")
 
 
 def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:
@@ -242,10 +196,6 @@ def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:
         some = tensor.detach().flatten()[:: max(1, tensor.numel() // 64)].to(torch.bfloat16).float().cpu()
         seen[name] = f"{name} {tuple(tensor.shape)}".encode() + some.numpy().tobytes()
     return hashlib.sha256(b"".join(seen[name] for name in sorted(seen))).hexdigest()
-
-
-def _number(step: Path) -> int:
-    return int(step.name.removeprefix("step_"))
 
 
 def _set_aside(step: Path) -> str:
@@ -334,101 +284,3 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {
         key: value for name, part in tree.items() for key, value in _flat(part, f"{prefix}{name}.").items()
     }
-
-
-def _write(folder: Path, step: int, contents: Contents) -> None:
-    """Write every file of a step and sync them and their folders to the disk."""
-    folder.mkdir()
-    save_peft(folder / "policy", contents.policy, contents.shape, contents.base_name)
-    rng = {f"rank_{rank:06d}": state for rank, state in enumerate(contents.rng)}
-    for name, tensors in (("scorer", contents.scorer), ("optimizer", contents.optimizer), ("rng", rng)):
-        (folder / f"{name}.safetensors").write_bytes(_bytes(tensors))
-    meta = {
-        **contents.meta,
-        "format": FORMAT,
-        "step": step,
-        "base": contents.base_name,
-        "lora": dataclasses.asdict(contents.shape),
-        "world_size": len(contents.rng),
-        "versions": _versions(),
-        "files": {
-            name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
-            for name in FILES
-        },
-    }
-    (folder / "meta.json").write_text(_seal(meta), encoding="utf-8")
-    # safetensors makes files that only their owner can read
-    shutil.copymode(folder / "meta.json", folder / "policy" / "adapter_model.safetensors")
-    for path in [*FILES, "meta.json"]:
-        with open(folder / path, "rb") as file:
-            os.fsync(file.fileno())
-    fsync_folder(folder / "policy")
-    fsync_folder(folder)
-
-
-def _bytes(tensors: Mapping[str, Tensor]) -> bytes:
-    # cloned, for safetensors refuses tensors that share memory
-    return safetensors.save(
-        {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
-    )
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in ("mass", "torch", "transformers", "peft", "deepspeed", "safetensors"):
-        # mass may run from a checkout that is not installed
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
-
-
-def _dump(meta: Mapping[str, Any]) -> str:
-    return json.dumps(meta, indent=1, sort_keys=True, allow_nan=False) + "\n"
-
-
-def _seal(meta: Mapping[str, Any]) -> str:
-    """meta.json's text: the hash of all the rest is a field of it."""
-    # through JSON once, so that tuples and integer keys are already what a reader will see
-    meta = json.loads(json.dumps(meta, allow_nan=False))
-    return _dump({**meta, "sha256": hashlib.sha256(_dump(meta).encode()).hexdigest()})
-
-
-def _read_meta(path: Path) -> dict[str, Any]:
-    """meta.json without its own hash. Raises ValueError or KeyError unless it is byte for byte as it was written."""
-    text = path.read_bytes().decode("utf-8")
-    meta = json.loads(text)
-    del meta["sha256"]
-    if _seal(meta) != text:
-        raise ValueError("the hash in it is not the hash of it")
-    return meta
-
-
-def _fault(step: Path) -> str | None:
-    """What is wrong with a step folder, naming the file; None when nothing is."""
-    path = step / "meta.json"
-    if not path.is_file():
-        return f"{path} is missing: this is not a whole step folder"
-    try:
-        meta = _read_meta(path)
-        if meta["format"] != FORMAT:
-            return f"{path} has format {meta['format']}; this version reads format {FORMAT}"
-        number, files = meta["step"], {name: meta["files"][name] for name in FILES}
-    except (ValueError, KeyError, TypeError) as error:
-        return f"{path} is damaged or not of this project ({error})"
-    if number != _number(step):
-        return f"{path} belongs to step {number}: the folder was renamed"
-    for name, wanted in files.items():
-        path = step / name
-        if not path.is_file():
-            return f"{path} is missing"
-        size = path.stat().st_size
-        if size != wanted["bytes"]:
-            return f"{path} is damaged: it has {size} bytes, {wanted['bytes']} were written"
-        if _sha256(path) != wanted["sha256"]:
-            return f"{path} is damaged: its sha256 is not the one in meta.json"
-    return None

@@ -9,10 +9,11 @@ import torch
 import yaml
 
 from mass import checkpoint
-from mass.checkpoint import Contents, open_run
+from mass.checkpoint import open_run
 from mass.lora import LoraShape, attach, fresh
 from mass.model import load
 from mass.scorer import Scorer
+from mass.stepfolder import Contents
 
 DATA = Path(__file__).parent / "data"
 COUNT = 10

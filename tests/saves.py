@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import mass
-from mass.checkpoint import Contents, Run, open_run, steps
+from mass.checkpoint import Run, open_run, steps
 from mass.lora import Layers, LoraLinear, LoraShape, fresh
+from mass.stepfolder import Contents
 
 RECIPE = "run: {name: a, folder: f, resume: 'no', seed: 0}\nmodel: {path: m}\nlora: {rank: 2, targets: [all-linear]}\nouter: {steps: 10}\n"
 SHAPE = LoraShape(2, 4.0, ("all-linear",))

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from saves import RECIPE, assert_same, begin, contents, hidden, make_layers, names, python
 
-from mass.checkpoint import FILES, latest, load, open_run, save, steps
+from mass.checkpoint import latest, load, open_run, save, steps
 from mass.errors import MassError
+from mass.stepfolder import FILES
 
 
 def test_everything_is_on_the_disk_before_the_name_and_the_name_before_the_pointer(tmp_path, monkeypatch):
