@@ -10,26 +10,24 @@ import hmac
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Annotated, Any, Literal
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from mass.batcher import Batcher, Closed, Done, Full, Job
+from mass.chat import Refusal, problem_of, read_chat
 from mass.choices import Kit
 from mass.errors import MassError
 from mass.filerun import as_fields
 from mass.methods import AUTO, METHODS, find
-from mass.problems import BadLine, Problem, as_problems
 
 # how often it is looked whether a client has left, and how often a stream that has nothing to say yet shows that it lives
 LOOK_SECONDS, ALIVE_SECONDS = 0.2, 5.0
-BODY_SECONDS = 30.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,71 +37,6 @@ class Limits:
     body: int = 1 << 18
     seconds: float = 300.0
     queue: int = 256
-
-
-class Refusal(Exception):
-    """An answer that is no completion: HTTP status, what to say, and OpenAI's code for it."""
-
-    def __init__(
-        self, status: int, message: str, code: str, headers: Mapping[str, str] | None = None
-    ) -> None:
-        super().__init__(message)
-        self.status, self.message, self.code, self.headers = status, message, code, headers
-
-    def body(self) -> dict[str, Any]:
-        kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        return {"error": {"message": self.message, "type": kind, "param": None, "code": self.code}}
-
-
-# ---- what a request may say
-
-
-class Text(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-    type: Literal["text"]
-    text: str
-
-
-class Message(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-    role: Literal["system", "developer", "user"]
-    content: str | list[Text]
-    name: str | None = None
-
-    @property
-    def text(self) -> str:
-        return (
-            self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
-        )
-
-
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="ignore")
-    include_usage: bool = False
-
-
-class Chat(BaseModel):
-    """The part of OpenAI's request that has a meaning here. Whatever would change the answer there and not here is refused."""
-
-    model_config = ConfigDict(extra="forbid")
-    model: str
-    messages: Annotated[list[Message], Field(min_length=1)]
-    demonstrations: list[Any] | None = None
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    n: Literal[1] | None = None
-    # answers are greedy, or a method's own samples
-    temperature: Annotated[float, Field(ge=0, le=0)] | None = None
-    # without effect on a greedy answer
-    top_p: float | None = None
-    seed: int | None = None
-    user: str | None = None
-    metadata: dict[str, str] | None = None
-
-
-# ---- the application
 
 
 def make_app(
@@ -166,7 +99,7 @@ def make_app(
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
         check_token(request)
-        asked = await _read(request, limits.body)
+        asked = await read_chat(request, limits.body)
         base, _, method = asked.model.partition(":")
         if base != name or (method and method not in methods):
             raise Refusal(
@@ -181,7 +114,7 @@ def make_app(
                 f"max_tokens={most}: this service writes up to {kit.answering.max_new_tokens} (generate.answer_tokens)",
                 "invalid_value",
             )
-        job = Job(_problem(asked), method or default, most, time.monotonic() + limits.seconds)
+        job = Job(problem_of(asked), method or default, most, time.monotonic() + limits.seconds)
         try:
             batcher.submit(job)
         except Full:
@@ -250,54 +183,6 @@ def _usable(kit: Kit, method: str) -> bool:
     except MassError:
         return False
     return True
-
-
-async def _read(request: Request, limit: int) -> Chat:
-    """The request's body, checked. Nothing larger than the limit is ever held."""
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise Refusal(415, "the body must be application/json", "unsupported_media_type")
-
-    async def whole() -> bytes:
-        body = bytearray()
-        async for part in request.stream():
-            body += part
-            if len(body) > limit:
-                raise Refusal(413, f"the request is larger than {limit} bytes", "request_too_large")
-        return bytes(body)
-
-    try:
-        body = await asyncio.wait_for(whole(), BODY_SECONDS)
-    except TimeoutError:
-        raise Refusal(
-            408, f"the request did not arrive within {BODY_SECONDS:.0f} s", "request_timeout"
-        ) from None
-    try:
-        return Chat.model_validate_json(body)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(map(str, first["loc"])) or "body"
-        hint = {
-            "temperature": ": answers are greedy; leave it out, or set 0",
-            "messages": ": one user message, and system messages in front of it",
-        }.get(str(first["loc"][0]) if first["loc"] else "", "")
-        raise Refusal(400, f"{where}: {first['msg']}{hint}", "invalid_request") from None
-
-
-def _problem(asked: Chat) -> Problem:
-    """The user's message; what system messages say stands above it."""
-    *above, last = asked.messages
-    if last.role != "user" or any(message.role == "user" for message in above):
-        raise Refusal(
-            400,
-            "messages: one problem a request: one user message, the last one, and system messages in front of it. "
-            "Solved examples go into `demonstrations`, a list of [input, output]",
-            "invalid_request",
-        )
-    text = "\n\n".join(message.text for message in asked.messages)
-    (item,) = as_problems({"problem": text, "demonstrations": asked.demonstrations})
-    if isinstance(item, BadLine):
-        raise Refusal(400, f"the problem cannot be used: {item.reason}", "invalid_request")
-    return item
 
 
 async def _wait(request: Request, batcher: Batcher, job: Job, limits: Limits) -> AsyncIterator[Done | None]:
