@@ -22,7 +22,7 @@ from mass.lora import Adapter, expand
 from mass.metagrad import MetaGradient
 from mass.metrics import step_metrics, truth_metrics
 from mass.outer_loss import outer_loss
-from mass.practice import Practice, Tuned, answer, features, fine_tune, seed_of, write_examples
+from mass.practice import Practice, Tuned, answer, evidence, features, fine_tune, seed_of, write_examples
 from mass.problems import Task
 from mass.setting import (
     Setting,
@@ -187,20 +187,25 @@ def _generator_gradient(
 ) -> float:
     """Add the generator loss's gradient (a micro-batch of sequences at a time); returns the mean KL to the base."""
     recipe, lm = setting.recipe, setting.lm
-    asked_rows = list(zip(practice.prompts, practice.rollouts, strict=True))
+    asked_rows = list(zip(practice.prompts, practice.rollouts, practice.examples, strict=True))
     T, N = advantage_TN.shape
+    apart = recipe.outer.reward == "answer"
     scale = recipe.outer.generator / (T * N)
     height = max(1, recipe.outer.micro_rows // N)
     kl_sum = 0.0
     for first in range(0, T, height):
         some = asked_rows[first : first + height]
-        chunk = [[Sequence([*asked, *r.tokens], len(asked)) for r in own] for asked, own in some]
+        chunk = [[Sequence([*asked, *r.tokens], len(asked)) for r in own] for asked, own, _ in some]
         # One adapter for all: the task axis of this batch only says whose samples share a prompt.
         packed = pack(chunk, lm.tokenizer.pad_token_id, lm.device, share=attends_fully(lm.hf))
-        old_M = torch.tensor([x for _, own in some for r in own for x in r.logprobs], device=lm.device)
+        old_M = torch.tensor([x for _, own, _ in some for r in own for x in r.logprobs], device=lm.device)
+        evidence_M = None
+        if apart:
+            pairs = [pair for _, own, read in some for pair in zip(own, read, strict=True)]
+            evidence_M = torch.tensor([x for pair in pairs for x in evidence(lm, *pair)], device=lm.device)
         share = advantage_TN[first : first + height]
         base_M = None
-        if recipe.outer.beta > 0:
+        if recipe.outer.beta > 0 or (apart and recipe.outer.beta_check > 0):
             with torch.no_grad():
                 base_M = token_logprobs(lm.hf, lm.lora, packed, None)
         seen: list[Tensor] = []
@@ -211,6 +216,7 @@ def _generator_gradient(
             old_M: Tensor = old_M,
             base_M: Tensor | None = base_M,
             share: Tensor = share,
+            evidence_M: Tensor | None = evidence_M,
             seen: list[Tensor] = seen,
         ) -> Tensor:
             loss_TN, kl_TN = outer.policy_loss(
@@ -221,6 +227,8 @@ def _generator_gradient(
                 share,
                 ratio_clip=recipe.outer.ratio_clip,
                 beta=recipe.outer.beta,
+                evidence_M=evidence_M,
+                beta_evidence=recipe.outer.beta_check,
             )
             seen.append(kl_TN.detach().sum())
             return scale * loss_TN.sum()

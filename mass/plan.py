@@ -217,7 +217,7 @@ def _flops(r: Recipe, linear: int, head: int) -> dict[str, float]:
     out = {
         "generate": token * (train + sampled),
         "outer loss, before and after": 2 * token * last,
-        "policy gradient": (2 + (r.outer.beta > 0)) * token * train,
+        "policy gradient": (2 + (max(r.outer.beta, r.outer.beta_check) > 0)) * token * train,
     }
     for name, (_, _, _, factor) in ENGINES.items():
         out[f"inner loop and meta, {name}"] = factor * 2 * token * train * r.inner.steps

@@ -1,6 +1,7 @@
 """Write practice examples for T problems, weigh them, and fine-tune on them: what training and test time share."""
 
 import hashlib
+from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from mass.inner import Gradient, Trajectory
 from mass.lora import Adapter
 from mass.model import LanguageModel, context_length
 from mass.optimizers import Rule
-from mass.prompts import Example, Prompts, filter_examples, parse_example
+from mass.prompts import Example, Prompts, answer_end, filter_examples, parse_example
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,20 @@ def pack_examples(
         sequences.append([s if s is not None and len(s.tokens) <= most else None for s in row])
     packed = pack(sequences, lm.tokenizer.pad_token_id, lm.device, share=attends_fully(lm.hf))
     return packed, packed.count_TN > 0
+
+
+def evidence(lm: LanguageModel, rollout: Rollout, example: Example) -> list[bool]:
+    """Of each token of a self-made example, whether it stands behind the line with the answer: a check of it, say. A
+    malformed example has no such tokens."""
+    count, end = len(rollout.tokens), answer_end(rollout.text)
+    if not example.valid or end == len(rollout.text):
+        return [False] * count
+
+    def length(first: int) -> int:
+        return len(lm.tokenizer.decode(rollout.tokens[:first], skip_special_tokens=True))
+
+    start = bisect_left(range(count), end, key=length)
+    return [i >= start for i in range(count)]
 
 
 def solve_sequence(

@@ -308,6 +308,18 @@ def parse_example(text: str, *, finished: bool) -> Example:
     return Example(problem, solution, not reason, reason)
 
 
+def answer_end(text: str) -> int:
+    """Where the line ends that first states the final answer of a self-made example, if more text follows it (a check,
+    say); else the length of the text."""
+    stated = find_answer(text)
+    end = text.find("\n")
+    while stated is not None and end >= 0:
+        if find_answer(text[:end]) == stated:
+            return end if text[end:].strip() else len(text)
+        end = text.find("\n", end + 1)
+    return len(text)
+
+
 def filter_examples(examples: Sequence[Example], target: str) -> list[Example]:
     """The same examples, where valid ones that repeat are marked: `copy` when the problem is the target or contains
     it, `duplicate` when problem and solution equal those of a valid one before. Case, spacing and the punctuation at

@@ -210,6 +210,13 @@ class Outer:
     gamma: float = _key(0.1, "coefficient of the solver loss of the policy without update", ge=0)
     beta: float = _key(0.01, "coefficient of the KL divergence from the base model", ge=0)
     generator: float = _key(1.0, "coefficient of the generator loss", ge=0)
+    reward: Literal["example", "answer"] = _key(
+        "example",
+        "tokens of an example that its credit rewards: all, or those up to its answer; a check that follows stays honest",
+    )
+    beta_check: float = _key(
+        0.0, "reward=answer: coefficient of the KL divergence on the tokens behind the answer", ge=0
+    )
     through_init: bool = _key(False, "pass the meta-gradient to the policy as the inner loop's start, too")
     warmup: int = _key(5, "steps in which the learning rates rise from 0", ge=0)
     clip_grad: float = _key(1.0, "largest norm of the outer gradient", gt=0)

@@ -1,0 +1,89 @@
+"""What stands behind an example's answer (a check) has no share in its credit: which tokens, and the gradient."""
+
+import pytest
+import torch
+from test_outer import by_example, packed_of, random_logprobs
+from tiny import tiny_lm
+
+from mass.generate import Rollout
+from mass.outer import policy_loss
+from mass.practice import evidence
+from mass.prompts import answer_end, parse_example
+
+
+@pytest.mark.parametrize(
+    ("text", "behind"),
+    [
+        ("2 + 2\nSolution: Answer: 4\nCheck: 4 - 2 is 2", "\nCheck: 4 - 2 is 2"),
+        ("2 + 2\nSolution: so\nAnswer: 4", ""),
+        ("2 + 2\nSolution: Answer: 4\n\n", ""),
+        ("2 + 2\nSolution: Answer: 5\nno\nAnswer: 4\nyes", "\nyes"),
+        ("2 + 2\nSolution: Answer: 4\nCheck\nAnswer: 4", "\nCheck\nAnswer: 4"),
+        ("no answer\nat all", ""),
+        ("", ""),
+    ],
+)
+def test_what_stands_behind_the_line_that_first_states_the_answer(text: str, behind: str) -> None:
+    assert text[answer_end(text) :] == behind or (not behind and answer_end(text) == len(text))
+
+
+def test_the_tokens_behind_the_answer() -> None:
+    lm = tiny_lm("llama", torch.float64, targets=("q_proj",))
+
+    def tokens_of(text: str) -> list[int]:
+        return lm.tokenizer.encode(text, add_special_tokens=False)
+
+    head, check = " 2 + 2\nSolution: Answer: 4", "\nCheck: yes\n\n"
+    tokens = [*tokens_of(head), *tokens_of(check)]
+    text = (head + check).rstrip("\n")
+    rollout = Rollout(tokens, [0.0] * len(tokens), True, text)
+    read = parse_example(text, finished=True)
+    assert read.valid
+    got = evidence(lm, rollout, read)
+    assert got == [False] * len(tokens_of(head)) + [True] * len(tokens_of(check))
+    # a text that ends with its answer has none, nor has a malformed one
+    plain = Rollout(tokens_of(head), [0.0] * len(tokens_of(head)), True, head)
+    assert not any(evidence(lm, plain, parse_example(head, finished=True)))
+    assert not any(evidence(lm, rollout, parse_example(text, finished=False)))
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.2])
+def test_evidence_has_no_advantage_and_a_divergence_of_its_own(beta: float) -> None:
+    packed = packed_of([[3, 2], [4, 5]])
+    logprob_M = random_logprobs(packed, 2).requires_grad_()
+    old_M, base_M = random_logprobs(packed, 3), random_logprobs(packed, 4)
+    advantage_TN = torch.tensor([[1.0, -2.0], [0.5, -1.0]], dtype=torch.float64)
+    place = {owner: list(range(len(x))) for owner, x in by_example(packed, logprob_M).items()}
+    # the last two tokens of each example
+    behind = {owner: [i >= len(x) - 2 for i in x] for owner, x in place.items()}
+    seen = dict.fromkeys(behind, 0)
+    flags = []
+    for owner in packed.owner_M.tolist():
+        key = (owner // 2, owner % 2)
+        flags.append(behind[key][seen[key]])
+        seen[key] += 1
+    loss_TN, kl_TN = policy_loss(
+        packed, logprob_M, old_M, base_M, advantage_TN, ratio_clip=0.2, beta=beta,
+        evidence_M=torch.tensor(flags), beta_evidence=0.7,
+    )  # fmt: skip
+    new, old, base = (by_example(packed, x) for x in (logprob_M, old_M, base_M))
+    for (t, n), own in new.items():
+        parts = []
+        for j, lp in enumerate(own):
+            gap = base[t, n][j] - lp
+            k3 = gap.exp() - gap - 1
+            ratio = (lp - old[t, n][j]).exp()
+            a = advantage_TN[t, n]
+            gain = torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a)
+            parts.append(0.7 * k3 if behind[t, n][j] else beta * k3 - gain)
+        torch.testing.assert_close(loss_TN[t, n], torch.stack(parts).mean())
+    got = torch.autograd.grad(loss_TN.sum(), logprob_M)[0]
+    alone = torch.autograd.grad(
+        policy_loss(
+            packed, logprob_M, old_M, base_M, 0 * advantage_TN, ratio_clip=0.2, beta=beta,
+            evidence_M=torch.tensor(flags), beta_evidence=0.7,
+        )[0].sum(),
+        logprob_M,
+    )[0]  # fmt: skip
+    own_M = torch.tensor(flags)
+    assert (got[own_M] == alone[own_M]).all() and (got[~own_M] != alone[~own_M]).any()
