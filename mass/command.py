@@ -160,7 +160,7 @@ def _run(args: argparse.Namespace, out: IO[str]) -> None:
             "lower that."
         )
     items = _problems(args, wanted.recipe)
-    if args.method is None and not wanted.step and share.rank == 0:
+    if args.method is None and method == "quest" and share.rank == 0:
         _say("there is no trained scorer here, so the method is quest: all examples count alike")
     torch.set_num_threads(wanted.recipe.run.threads)
     settings = f"{settings_key(wanted)} {method} {not args.no_baselines}"

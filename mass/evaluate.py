@@ -131,6 +131,7 @@ def _run(args: argparse.Namespace, words: Sequence[str]) -> dict[str, Any]:
         chosen, reasons = arms.every_usable(wanted, problems.tasks)
         for reason in reasons:
             _say(reason)
+    arms.check_truth(chosen, problems.tasks)
     require({task.verifier for task in problems.tasks})
     _say(f"{len(problems.tasks)} problems, {len(chosen)} arms: {', '.join(arm.name for arm in chosen)}")
     if problems.left_out or problems.repeated:

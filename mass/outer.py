@@ -66,9 +66,15 @@ def policy_loss(
     loss_TN = -packed.mean_by_example(surrogate_M)
     if base_M is None:
         return loss_TN, torch.zeros_like(loss_TN)
-    gap_M = base_M - logprob_M
-    kl_TN = packed.mean_by_example(gap_M.exp() - gap_M - 1)
+    kl_TN = kl_to_base(packed, logprob_M, base_M)
     return loss_TN + beta * kl_TN, kl_TN
+
+
+def kl_to_base(packed: Packed, logprob_M: Tensor, base_M: Tensor) -> Tensor:
+    """Estimate of KL(policy || base) on each example, [T, N]: the mean over its tokens of exp(d) - d - 1,
+    d = log pi_base - log pi."""
+    gap_M = base_M - logprob_M
+    return packed.mean_by_example(gap_M.exp() - gap_M - 1)
 
 
 def correlation(x: Tensor, y: Tensor) -> float:

@@ -30,6 +30,7 @@ from mass.practice import Practice, Sampling, pack_examples
 from mass.problems import Problem
 from mass.prompts import Example, make_prompts
 from mass.schema import Guard, Knobs
+from mass.worlds import Truth
 
 GRIDS = Problem(
     "g", "1 0\n0 0", (("1 2\n0 0", "0 0\n1 2"), ("3 0\n0 4", "0 4\n3 0"), ("5 5\n0 1", "0 1\n5 5")), True
@@ -509,13 +510,14 @@ def test_held_out_examples_pick_the_step(kit: Kit, practice: Practice) -> None:
 def test_no_method_spends_more_than_the_budget(
     kit: Kit, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if method in ("quest", "mass", "shuffled", "tt-si", "in-context"):
+    if method in ("quest", "mass", "shuffled", "oracle", "tt-si", "in-context"):
         # examples that a random model writes are malformed: count every one as valid
         whole = lambda text, finished: Example(text or "x", "Answer: 3", True, "")  # noqa: E731
         monkeypatch.setattr(examples, "parse_example", whole)
         monkeypatch.setattr(choices.examples, "read_examples", _read(whole))
     written = Rollout([1] * 20, [0.0] * 20, True, "Problem: What is 1 + 1?\nSolution: Answer: 2")
     taught = replace(kit, teacher=lambda texts, shots, seeds: [[written] * len(own) for own in seeds])
+    taught = replace(taught, truth=lambda *_: Truth(True, True, None))
     problems = [SUMS, PLAIN] if method != "ttt" else [SUMS, GRIDS]
     counts = []
     for budget in (8, 60, 900):
