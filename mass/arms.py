@@ -40,10 +40,8 @@ class Arm:
 
     @property
     def file(self) -> str:
-        """The name of its file of answers; two names that differ give two files."""
-        plain = re.sub(r"[^\w.=,-]+", "_", self.name).strip("_.")[:80]
-        digest = hashlib.sha256(self.name.encode()).hexdigest()[:6]
-        return f"{plain}.jsonl" if plain == self.name else f"{plain}-{digest}.jsonl"
+        """The name of its file of answers."""
+        return file_of(self.name)
 
     def kit(self, whole: Kit) -> Kit:
         """What it works with, out of all that its plan loads."""
@@ -51,6 +49,13 @@ class Arm:
             return whole
         bare = dataclasses.replace(whole, policy=None, head=None, chooser=None)
         return dataclasses.replace(bare, fisher=fisher_information(bare)) if bare.fisher else bare
+
+
+def file_of(name: str) -> str:
+    """The name of an arm's file of answers; two names that differ give two files."""
+    plain = re.sub(r"[^\w.=,-]+", "_", name).strip("_.")[:80]
+    digest = hashlib.sha256(name.encode()).hexdigest()[:6]
+    return f"{plain}.jsonl" if plain == name else f"{plain}-{digest}.jsonl"
 
 
 def parse(text: str, wanted: Plan, overrides: Sequence[str], own: tuple[str | None, str | None]) -> list[Arm]:

@@ -14,6 +14,7 @@ from tiny import tiny_lm
 from torch import Tensor
 
 from mass import accumulate, blocks, heldout, lora, outer_loss, plan, train
+from mass import setting as setting_module
 from mass.episode import Result
 from mass.errors import MassError
 from mass.generate import Rollout
@@ -26,7 +27,6 @@ from mass.recipe import load
 from mass.rewards import Verdict
 from mass.scorer import Scorer
 from mass.setting import Setting
-from mass.setting import kit as test_time_kit
 
 TASKS = [
     Task(Problem(f"p{i}", text), answer, f"{text} {answer}\nAnswer: {answer}", "t", "numeric")
@@ -98,7 +98,7 @@ def close(found: Mapping[str, Tensor], loss: Tensor, leaf: Mapping[str, Tensor])
     scale = max(g.abs().max().item() for g in wanted.values())
     assert scale > 1e-3
     for key, g in wanted.items():
-        torch.testing.assert_close(found[f"policy/{key}"], g, rtol=1e-7, atol=1e-9 * scale)
+        torch.testing.assert_close(found[f"policy/{key}"], g, rtol=1e-5, atol=1e-7 * scale)
 
 
 @pytest.mark.parametrize("checkpoint", ["false", "true"])
@@ -115,7 +115,8 @@ def test_gold_is_the_gradient_of_the_reference_solutions(tmp_path: Path, checkpo
     assert result.metrics["meta/loss_before"] == pytest.approx(loss.item())
     assert all((result.gradients[f"scorer/{key}"] == 0).all() for key in eta)
     parts = step(setting, policy, eta, at_once=2)
-    close(parts.gradients, torch.stack([x.detach() for x in losses]).mean() + loss - loss.detach(), leaf)
+    for key, g in result.gradients.items():
+        torch.testing.assert_close(parts.gradients[key], g, rtol=1e-9, atol=1e-12)
     assert parts.metrics["tokens/outer"] == result.metrics["tokens/outer"] > 0
 
 
@@ -125,7 +126,7 @@ def test_gold_lowers_the_loss(tmp_path: Path) -> None:
     for _ in range(8):
         result = step(setting, policy, eta)
         seen.append(result.metrics["meta/loss_before"])
-        policy = {key: x - 0.5 * result.gradients[f"policy/{key}"] for key, x in policy.items()}
+        policy = {key: x - 0.1 * result.gradients[f"policy/{key}"] for key, x in policy.items()}
     assert all(after < before for before, after in zip(seen, seen[1:], strict=False))
     assert seen[-1] < seen[0] - 0.3
 
@@ -164,7 +165,7 @@ def test_verifier_is_grpo_with_a_divergence_from_the_base(
 
 def test_held_out_problems_are_answered_without_update_alone(tmp_path: Path) -> None:
     setting, policy, eta = make(tmp_path, "generate.answer_tokens=6")
-    kit = test_time_kit(setting, {key: x.float() for key, x in policy.items()}, eta, {})
+    kit = setting_module.kit(setting, {key: x.float() for key, x in policy.items()}, eta, {})
     verifier: Any = dataclasses.make_dataclass("V", [])()
     verifier.verify = lambda solution, task: Verdict(float(task.problem.id == "p1"), "right")
     found = heldout.evaluate(kit, TASKS, {"t"}, verifier, batch=2)
