@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from mass import episode
+from mass import episode, solver
 from mass.episode import Result
 from mass.lora import Adapter
 from mass.problems import Task
@@ -30,17 +30,23 @@ def run(
     at_once: int | None,
     show: int = 0,
 ) -> Result:
-    """`episode.run` over `tasks`, `at_once` of them at a time (None: all). Practice, weights and answers are those of the
-    first part."""
+    """`episode.run` over `tasks` (`solver.run` where there is no inner loop), `at_once` of them at a time (None: all). Practice,
+    weights and answers are those of the first part."""
+
+    def one(part: Sequence[Task], show: int) -> Result:
+        if setting.recipe.inner.steps == 0:
+            return solver.run(setting, part, step, policy, eta, show=show)
+        return episode.run(setting, part, step, policy, eta, log_lr, show=show)
+
     n = at_once or len(tasks)
     parts = [tasks[i : i + n] for i in range(0, len(tasks), n)]
-    whole = episode.run(setting, parts[0], step, policy, eta, log_lr, show=show)
+    whole = one(parts[0], show)
     if len(parts) == 1:
         return whole
     total = {key: g * len(parts[0]) for key, g in whole.gradients.items()}
     results = [whole]
     for part in parts[1:]:
-        other = episode.run(setting, part, step, policy, eta, log_lr)
+        other = one(part, 0)
         for key, g in other.gradients.items():
             total[key] += g * len(part)
         for name, seconds in other.seconds.items():

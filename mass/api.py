@@ -177,6 +177,7 @@ def _usable(kit: Kit, method: str) -> bool:
             method,
             has_scorer=kit.head is not None,
             has_pool=bool(kit.pool),
+            steps=kit.steps,
             has_teacher=kit.teacher is not None,
             has_chooser=kit.chooser is not None,
         )

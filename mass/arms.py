@@ -12,12 +12,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mass.choices import Kit
+from mass.choices import Kit, by_truth
 from mass.choices.guards import fisher_information
 from mass.errors import MassError
 from mass.kit import Plan, plan, settings_key
 from mass.methods import AUTO, METHODS, find
-from mass.problems import Task
+from mass.problems import Task, has_truth
 
 BASE = "base"
 _ARM = re.compile(r"(?:(?P<run>[^\[\]]+):)?(?P<method>[^\[\]:]+)(?:\[(?P<settings>.*)\])?", re.DOTALL)
@@ -40,10 +40,8 @@ class Arm:
 
     @property
     def file(self) -> str:
-        """The name of its file of answers; two names that differ give two files."""
-        plain = re.sub(r"[^\w.=,-]+", "_", self.name).strip("_.")[:80]
-        digest = hashlib.sha256(self.name.encode()).hexdigest()[:6]
-        return f"{plain}.jsonl" if plain == self.name else f"{plain}-{digest}.jsonl"
+        """The name of its file of answers."""
+        return file_of(self.name)
 
     def kit(self, whole: Kit) -> Kit:
         """What it works with, out of all that its plan loads."""
@@ -51,6 +49,13 @@ class Arm:
             return whole
         bare = dataclasses.replace(whole, policy=None, head=None, chooser=None)
         return dataclasses.replace(bare, fisher=fisher_information(bare)) if bare.fisher else bare
+
+
+def file_of(name: str) -> str:
+    """The name of an arm's file of answers; two names that differ give two files."""
+    plain = re.sub(r"[^\w.=,-]+", "_", name).strip("_.")[:80]
+    digest = hashlib.sha256(name.encode()).hexdigest()[:6]
+    return f"{plain}.jsonl" if plain == name else f"{plain}-{digest}.jsonl"
 
 
 def parse(text: str, wanted: Plan, overrides: Sequence[str], own: tuple[str | None, str | None]) -> list[Arm]:
@@ -81,12 +86,24 @@ def every_usable(wanted: Plan, tasks: Sequence[Task]) -> tuple[list[Arm], list[s
         try:
             if name == "ttt" and not any(len(task.problem.demonstrations) > 1 for task in tasks):
                 raise MassError("no problem has two demonstrations")
-            wanted.method(name)
+            wanted.method(name, has_truth=all(has_truth(task) for task in tasks))
         except MassError as error:
             reasons.append(f"{name} is left out: {error}")
         else:
             arms.append(Arm(name, wanted, name))
     return arms, reasons
+
+
+def check_truth(chosen: Sequence[Arm], tasks: Sequence[Task]) -> None:
+    """Raise MassError where an arm weighs by the truth of its examples and a problem is of no world."""
+    for arm in chosen:
+        row = METHODS.get(arm.method)
+        other = next((task for task in tasks if not has_truth(task)), None)
+        if row is not None and row.weights is by_truth and other is not None:
+            raise MassError(
+                f"arm {arm.name}: its weights are the truth of the examples, and none is known for problems of "
+                f"{other.source}. Leave the arm out, or take problems of a world alone (--problems world:NAME)."
+            )
 
 
 def _arm(name: str, wanted: Plan, overrides: Sequence[str], own: tuple[str | None, str | None]) -> Arm:
@@ -121,9 +138,12 @@ def _arm(name: str, wanted: Plan, overrides: Sequence[str], own: tuple[str | Non
             has_scorer=False,
             has_pool=found.has_pool,
             has_teacher=found.teacher is not None,
+            has_truth=True,
+            steps=found.recipe.inner.steps,
         )
     else:
-        found.method(match["method"])
+        # of which source the problems are is looked at where they are there
+        found.method(match["method"], has_truth=True)
     return Arm(name, found, match["method"], bare)
 
 

@@ -12,12 +12,10 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import torch
-from accelerate import PartialState
 from rich.console import Console
 from rich.progress import Progress
 
@@ -29,6 +27,7 @@ from mass.log import no_space
 from mass.methods import AUTO, METHODS, Record
 from mass.problems import load_problems, text_problem
 from mass.recipe import Recipe
+from mass.share import Share, join, launched
 from mass.view import view
 
 
@@ -125,24 +124,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-@dataclass(frozen=True)
-class Share:
-    """This process among those that a launcher started: it takes the batches rank, rank + size, ..."""
-
-    rank: int = 0
-    size: int = 1
-
-    def wait(self) -> None:
-        """Go on when all processes are here."""
-        if self.size > 1:
-            PartialState().wait_for_everyone()
-
-    def leave(self) -> None:
-        """Part from the others; nothing is waited for."""
-        if self.size > 1:
-            PartialState().destroy_process_group()
-
-
 def _run(args: argparse.Namespace, out: IO[str]) -> None:
     """Everything that a user can get wrong is looked at before the model is loaded."""
     overrides = [text for text in args.settings if text != "-"]
@@ -160,7 +141,7 @@ def _run(args: argparse.Namespace, out: IO[str]) -> None:
             "lower that."
         )
     items = _problems(args, wanted.recipe)
-    if args.method is None and not wanted.step and share.rank == 0:
+    if args.method is None and method == "quest" and share.rank == 0:
         _say("there is no trained scorer here, so the method is quest: all examples count alike")
     torch.set_num_threads(wanted.recipe.run.threads)
     settings = f"{settings_key(wanted)} {method} {not args.no_baselines}"
@@ -248,18 +229,13 @@ def _show(out: IO[str], as_json: bool, row: dict[str, Any], record: Record) -> N
 
 def _processes(args: argparse.Namespace) -> tuple[Share, list[str]]:
     """Our share, and which device is ours, as a recipe override."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return Share(), []
-    if args.out is None:
+    if launched() and args.out is None:
         raise MassError("several processes share the problems: their answers need --out FILE")
-    if args.html is not None:
+    if launched() and args.html is not None:
         raise MassError(
             "--html is for one process: call mass-adapt once more with --resume and --html afterwards"
         )
-    state = PartialState(cpu=not torch.accelerator.is_available())
-    # which of them is this process's own, PartialState has told torch
-    device = [] if state.device.type == "cpu" else [f"model.device={state.device.type}"]
-    return Share(state.process_index, state.num_processes), device
+    return join()
 
 
 def _problems(args: argparse.Namespace, r: Recipe) -> list[Item]:

@@ -40,7 +40,7 @@ class Result:
     """Gradients named as the engine names its parameters, scalar metrics, and the text.
 
     A metric is a mean over `counts` of this rank's tasks (those that have a value), or a sum where it is a number of tokens
-    or failures (its count is 1).
+    or failures (its count is 1). Without an inner loop N is 0.
     """
 
     gradients: dict[str, Tensor]

@@ -1,7 +1,8 @@
 """mass-eval: every method (arm) on the same held-out problems, verified, with the statistics that a sceptic asks for.
 
-Each arm has a file of answers in the --out folder, that a killed call goes on with; when all are there, the table is
-printed and written as results.json, results.md and results.html. docs/evaluation.md says how each number is made.
+Each arm has a file of answers in the --out folder, that a killed call goes on with and several processes share; when all are
+there, the table is printed and written as results.json, results.md and results.html. docs/evaluation.md says how each number is
+made.
 """
 
 import argparse
@@ -22,31 +23,21 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 
-from mass import arms, compare, filerun, results, tally
+from mass import arms, compare, filerun, pool, results, tally
 from mass.arms import Arm
 from mass.choices import best, majority, self_made, teacher_made
+from mass.disjoint import held_out
 from mass.errors import MassError
 from mass.filerun import as_line, as_row, group, key_of, run_batches
 from mass.kit import Plan, build_kit, lent, plan
 from mass.log import no_space
 from mass.methods import METHODS, Record
 from mass.model import load
-from mass.problems import Task, content_key, truth
-from mass.recipe import load as load_recipe
+from mass.problems import Task, truth
 from mass.rewards import Verifier, require
-from mass.sources import load_all, load_named
+from mass.share import Share, join
 
 VERSIONS = ("torch", "transformers", "numpy", "scipy", "statsmodels", "reasoning-gym", "math-verify")
-
-
-class Problems(NamedTuple):
-    """The problems that all arms answer; how many were left out because a run has trained on them or shows them, and how
-    many because another one has the same content; and the sources that a run has trained on."""
-
-    tasks: list[Task]
-    left_out: int
-    repeated: int
-    trained: list[str]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,7 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         # libraries may print: standard output is for the table
         with contextlib.redirect_stdout(sys.stderr):
-            found = _run(args, words)
+            found = _pool(args, words) if args.pool else _run(args, words)
+        if found is None:
+            # the process that answers last has all of it
+            return 0
         results.show(found, Console(file=out, highlight=False, width=None if out.isatty() else 180))
         return 0
     except MassError as error:
@@ -100,18 +94,25 @@ def _parser() -> argparse.ArgumentParser:
         "--budget", type=int, metavar="TOKENS", help="what each problem may cost in every arm"
     )
     parser.add_argument("--teacher", metavar="MODEL", help="of tt-d: a model, or http://HOST:PORT/v1#MODEL")
+    parser.add_argument(
+        "--pool",
+        nargs="+",
+        metavar="FOLDER",
+        help="put together what calls with these --out folders found, one a training seed; nothing is answered",
+    )
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="a recipe key, for all arms")
     return parser
 
 
-def _run(args: argparse.Namespace, words: Sequence[str]) -> dict[str, Any]:
-    """Everything that a user can get wrong is looked at before a model is loaded."""
+def _run(args: argparse.Namespace, words: Sequence[str]) -> dict[str, Any] | None:
+    """Everything that a user can get wrong is looked at before a model is loaded. None: other processes still answer."""
     compare.require()
     for name in ("batch", "limit"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise MassError(f"--{name} {value}: it wants 1 or more")
-    overrides = list(args.settings)
+    share, device = join()
+    overrides = [*device, *args.settings]
     if args.problems:
         overrides.append(f"problems.heldout={json.dumps(args.problems)}")
     wanted = dataclasses.replace(
@@ -122,24 +123,31 @@ def _run(args: argparse.Namespace, words: Sequence[str]) -> dict[str, Any]:
         raise MassError(f"--budget {args.budget} is less than generate.answer_tokens={least}: raise it")
     if not wanted.step and not args.problems:
         raise MassError("name the problems: --problems SOURCE (without a run there are none of its own)")
-    folder = _folder(args, wanted)
+    folder = _folder(args, wanted, share)
     chosen = (
         None if args.methods is None else arms.parse(args.methods, wanted, overrides, (args.run, args.model))
     )
     problems = held_out(wanted, chosen or [], made=bool(args.problems), limit=args.limit)
     if chosen is None:
         chosen, reasons = arms.every_usable(wanted, problems.tasks)
-        for reason in reasons:
+        for reason in reasons if share.rank == 0 else ():
             _say(reason)
+    arms.check_truth(chosen, problems.tasks)
     require({task.verifier for task in problems.tasks})
-    _say(f"{len(problems.tasks)} problems, {len(chosen)} arms: {', '.join(arm.name for arm in chosen)}")
-    if problems.left_out or problems.repeated:
+    if share.rank == 0:
+        _say(f"{len(problems.tasks)} problems, {len(chosen)} arms: {', '.join(arm.name for arm in chosen)}")
+    if share.rank == 0 and (problems.left_out or problems.repeated):
         _say(
             f"left out: {problems.left_out} problems that a run has trained on or shows, {problems.repeated} repeated"
         )
     torch.set_num_threads(wanted.recipe.run.threads)
     folder.mkdir(parents=True, exist_ok=True)
-    answer_all(chosen, problems.tasks, folder, args.batch)
+    # the folder was looked at by the first process, before any has written into it
+    share.wait()
+    whole = answer_all(chosen, problems.tasks, folder, args.batch, share)
+    share.leave()
+    if not whole:
+        return None
     rows = {arm.name: filerun.rows(folder / arm.file) for arm in chosen}
     found = {
         "command": ["mass-eval", *words],
@@ -150,62 +158,47 @@ def _run(args: argparse.Namespace, words: Sequence[str]) -> dict[str, Any]:
         "repeated": problems.repeated,
         **tally.results(rows, problems.trained),
     }
+    return _written(folder, found)
+
+
+def _pool(args: argparse.Namespace, words: Sequence[str]) -> dict[str, Any]:
+    """The answers of other calls put together; nothing is answered, and no model is loaded."""
+    compare.require()
+    alone = ("run", "model", "methods", "problems", "limit", "budget", "teacher", "settings")
+    given = next((name for name in alone if getattr(args, name)), None)
+    if given is not None:
+        raise MassError(
+            f"--pool takes answers that are there: leave {'KEY=VALUE' if given == 'settings' else '--' + given} out"
+        )
+    if args.out is None:
+        raise MassError("--pool wants a folder of its own for the report: --out FOLDER")
+    folder = _usable_folder(Path(args.out), args.resume)
+    found = {"command": ["mass-eval", *words], **pool.pooled([Path(name) for name in args.pool])}
+    folder.mkdir(parents=True, exist_ok=True)
+    return _written(folder, found)
+
+
+def _written(folder: Path, found: dict[str, Any]) -> dict[str, Any]:
     results.write(folder, found)
     _say(f"written: {folder}/results.json, results.md, results.html")
     return found
 
 
-def _folder(args: argparse.Namespace, wanted: Plan) -> Path:
+def _folder(args: argparse.Namespace, wanted: Plan, share: Share) -> Path:
     if args.out is None and wanted.step is None:
         raise MassError("--out FOLDER is wanted where there is no run to keep the answers in")
     folder = Path(args.out) if args.out is not None else wanted.step.parent / "evaluation"  # type: ignore[union-attr]
+    return folder if share.rank else _usable_folder(folder, args.resume)
+
+
+def _usable_folder(folder: Path, resume: bool) -> Path:
     if folder.exists() and not folder.is_dir():
         raise MassError(f"--out {folder} is a file: name a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not args.resume:
+    if folder.is_dir() and any(folder.iterdir()) and not resume:
         raise MassError(
             f"--out {folder} exists, and nothing is overwritten: name another folder, or go on with it by --resume"
         )
     return folder
-
-
-# ---- the problems
-
-
-def held_out(wanted: Plan, chosen: Sequence[Arm], *, made: bool, limit: int | None = None) -> Problems:
-    """The problems to answer: those of the run, or (`made`) those of the recipe's problems.heldout alone.
-
-    None has the content of a problem that one of the arms' runs has trained on or shows in its prompts.
-    """
-    recipe = wanted.recipe
-    met: set[str] = set()
-    sources: set[str] = set()
-    runs = {arm.plan.step.parent for arm in chosen if arm.plan.step}
-    runs |= {wanted.step.parent} if wanted.step else set()
-    for run in sorted(runs):
-        # as it was trained, whatever this call changes
-        own = load_all(load_recipe(run / "recipe.yaml", [], training=False))
-        met |= {content_key(task.problem.text) for task in [*own.train, *own.pool]}
-        sources |= {task.source for task in own.train}
-    if not wanted.step:
-        shown = [source for source in recipe.problems.train if source]
-        for task in load_named(recipe, shown, recipe.problems.split, recipe.problems.size) if shown else []:
-            met.add(content_key(task.problem.text))
-            sources.add(task.source)
-    p = recipe.problems
-    if made:
-        found = load_named(recipe, p.heldout or [], p.heldout_split, limit or p.heldout_size)
-    else:
-        found = load_all(recipe).heldout
-    distinct = {content_key(task.problem.text): task for task in reversed(found)}
-    tasks = [task for key, task in reversed(distinct.items()) if key not in met]
-    if not tasks:
-        raise MassError(
-            f"no problem is left of {len(found)}: the run has trained on all of them. Name others with --problems"
-            if found
-            else "there are no held-out problems: this run has problems.heldout_size=0. Name some with --problems"
-        )
-    left_out = len(distinct) - len(tasks)
-    return Problems(tasks[:limit], left_out, len(found) - len(distinct), sorted(sources))
 
 
 # ---- the answers
@@ -221,8 +214,15 @@ class Work(NamedTuple):
     done: set[int]
 
 
-def answer_all(chosen: Sequence[Arm], tasks: Sequence[Task], folder: Path, batch: int) -> None:
-    """Answer what the files of the arms do not hold yet. A model is loaded once for all arms that use it."""
+def answer_all(
+    chosen: Sequence[Arm], tasks: Sequence[Task], folder: Path, batch: int, share: Share | None = None
+) -> bool:
+    """Answer what the files of the arms do not hold yet. A model is loaded once for all arms that use it.
+
+    `share`: of several processes each takes its part of every arm's batches. True when all answers are there; False when
+    another process has some still to give.
+    """
+    share = share or Share()
     items = [task.problem for task in tasks]
     batches = group(items, batch)
     works = []
@@ -231,10 +231,10 @@ def answer_all(chosen: Sequence[Arm], tasks: Sequence[Task], folder: Path, batch
         settings = arm.key
         path, keys = folder / arm.file, [_key(settings, task) for task in tasks]
         done = filerun.read_done(path, keys)
-        if done:
+        if done and share.rank == 0:
             _say(f"{arm.name}: {len(done)} of {len(items)} problems have their answer")
         # a batch of which a kill has left a part is done again whole: rounding depends on who shares it
-        left = [some for some in batches if not done.issuperset(some)]
+        left = [some for some in batches[share.rank :: share.size] if not done.issuperset(some)]
         works.append(Work(arm, path, keys, left, done))
     todo = [work for work in works if work.batches]
     # arms of one model, and of one kit, together; otherwise in the order they were asked for
@@ -243,10 +243,11 @@ def answer_all(chosen: Sequence[Arm], tasks: Sequence[Task], folder: Path, batch
     with Verifier() as verifier:
         for _, same_model in itertools.groupby(todo, key=_model):
             _with_model(list(same_model), tasks, verifier)
-    for work in works:
-        # also where a kill came between the last answer and this: arms are paired by the order of their rows
-        if not filerun.put_in_order(work.path, work.keys):
-            raise MassError(f"{work.path} has lost lines meanwhile: go on with --resume")
+    # also where a kill came between the last answer and this: arms are paired by the order of their rows
+    short = [work.path for work in works if not filerun.put_in_order(work.path, work.keys)]
+    if short and share.size == 1:
+        raise MassError(f"{short[0]} has lost lines meanwhile: go on with --resume")
+    return not short
 
 
 def _with_model(works: Sequence[Work], tasks: Sequence[Task], verifier: Verifier) -> None:
@@ -258,10 +259,13 @@ def _with_model(works: Sequence[Work], tasks: Sequence[Task], verifier: Verifier
     )
     weights = sum(parameter.numel() for parameter in hf.parameters())
     items = [task.problem for task in tasks]
+    by_text = {task.problem.text: task for task in tasks}
     for _, same_kit in itertools.groupby(works, key=_loaded):
         with lent(hf, tokenizer):
             some = list(same_kit)
             kit = build_kit(some[0].arm.plan, (hf, tokenizer))
+            # for the arm whose weights are the truth; no other looks at it
+            kit = dataclasses.replace(kit, truth=lambda p, *example: truth(by_text[p.text], *example))
             for arm, path, keys, batches, done in some:
                 begin = time.perf_counter()
                 for found in run_batches(arm.kit(kit), items, batches, arm.method, baselines=False):

@@ -1,4 +1,6 @@
-"""Held-out problems while training: answered without update and by `mass`, and what is known of the examples behind it."""
+"""Held-out problems while training: answered without update and by `mass`, and what is known of the examples behind it.
+
+A run without an inner loop has no `mass`: it answers without update alone."""
 
 import math
 import time
@@ -35,7 +37,7 @@ def evaluate(
         some = own[i : i + batch]
         problems = [task.problem for task in some]
         without = solve(kit, problems, "none", baselines=False)
-        records = solve(kit, problems, "mass", baselines=False)
+        records = solve(kit, problems, "mass", baselines=False) if kit.steps else without
         for task, first, record in zip(some, without, records, strict=True):
             counts = [
                 1.0,
@@ -48,9 +50,10 @@ def evaluate(
     kit.lm.settle()
     total = distributed.reduce_sum([*sums["seen"], *sums["unseen"]])
     seen, unseen = total[:9], total[9:]
-    out = _scalars("heldout", [x + y for x, y in zip(seen, unseen, strict=True)])
+    updates = kit.steps > 0
+    out = _scalars("heldout", [x + y for x, y in zip(seen, unseen, strict=True)], updates)
     if seen[0] and unseen[0]:
-        out |= _scalars("seen", seen) | _scalars("unseen", unseen)
+        out |= _scalars("seen", seen, updates) | _scalars("unseen", unseen, updates)
     return out | {"time/evaluate": time.perf_counter() - begin}
 
 
@@ -70,13 +73,11 @@ def _known(record: Record, task: Task) -> list[float]:
     return [won, float(pairs), float(good.sum()), float(len(known)), float(sum(checks)), float(len(checks))]
 
 
-def _scalars(group: str, sums: Seq[float]) -> dict[str, float]:
+def _scalars(group: str, sums: Seq[float], updates: bool) -> dict[str, float]:
     count, none, mass, won, pairs, good, known, *checks = sums
-    out = {
-        f"{group}/none": none / count,
-        f"{group}/mass": mass / count,
-        f"{group}/gain": (mass - none) / count,
-    }
+    out = {f"{group}/none": none / count}
+    if updates:
+        out |= {f"{group}/mass": mass / count, f"{group}/gain": (mass - none) / count}
     if known:
         out |= {f"{group}/auc": won / pairs if pairs else math.nan, f"{group}/right": good / known}
     if checks[1]:

@@ -58,17 +58,21 @@ class Plan:
 
     @property
     def default_method(self) -> str:
-        """`mass` where there is a trained scorer, else `quest`."""
+        """`mass` where there is a trained scorer, else `quest`; `none` where no step would be taken."""
+        if self.recipe.inner.steps == 0:
+            return "none"
         return "mass" if self.step else "quest"
 
-    def method(self, name: str) -> Method:
-        """The row of the table. Raises MassError that says what it lacks here."""
+    def method(self, name: str, *, has_truth: bool = False) -> Method:
+        """The row of the table. Raises MassError that says what it lacks here. `has_truth`: the problems are of a world."""
         return find(
             name,
             has_scorer=self.step is not None,
             has_pool=self.has_pool,
             has_teacher=self.teacher is not None,
             has_chooser=self.step is not None and chooser.load(self.step.parent) is not None,
+            has_truth=has_truth,
+            steps=self.recipe.inner.steps,
         )
 
 

@@ -299,10 +299,14 @@ def _number(value: float | None) -> float | None:
 def _line_parts(values: Mapping[str, float]) -> Iterator[str]:
     if "meta/loss_before" in values and "meta/loss" in values:
         yield f"loss {values['meta/loss_before']:.3f} -> {values['meta/loss']:.3f}"
+    elif "meta/loss_before" in values:
+        yield f"loss {values['meta/loss_before']:.3f}"
     if "meta/gain" in values:
         yield f"gain {values['meta/gain']:+.3f}"
     if "reward/solve_before" in values and "reward/solve_after" in values:
         yield f"solved {values['reward/solve_before']:.0%} -> {values['reward/solve_after']:.0%}"
+    elif "reward/solve_before" in values:
+        yield f"solved {values['reward/solve_before']:.0%}"
     if "generator/valid" in values:
         yield f"valid {values['generator/valid']:.0%}"
     if "scorer/effective_examples" in values:
@@ -356,7 +360,8 @@ def _sample_table(table: SampleTable, encoding: str, width: int) -> Iterator[Tab
         # a narrow terminal has no room for the bar
         weight = Text(rest[1] if width >= 70 else rest[1].split()[0])
         grid.add_row(Text(str(number)), example, valid, weight, Text(rest[2]))
-    yield grid
+    if table.rows:
+        yield grid
     if answers := _answers(table, 80, encoding):
         yield Text(f"answer: {answers}")
 
@@ -364,7 +369,11 @@ def _sample_table(table: SampleTable, encoding: str, width: int) -> Iterator[Tab
 def _sample_markdown(table: SampleTable) -> str:
     head = escape_markdown(f"target {plain(table.id)}".rstrip())
     lines = [f"**{head}**: {escape_markdown(_shorten(table.problem, 2000))}", ""]
-    lines += ["| # | problem | solution | valid | weight | credit |", "| --- | --- | --- | --- | --- | --- |"]
+    if table.rows:
+        lines += [
+            "| # | problem | solution | valid | weight | credit |",
+            "| --- | --- | --- | --- | --- | --- |",
+        ]
     for number, row in enumerate(table.rows, 1):
         cells = map(escape_markdown, _cells(row, _top(table), 800))
         lines.append(f"| {number} | " + " | ".join(cells) + " |")

@@ -208,6 +208,25 @@ def predict(
     return Peak(_line(first_order, deep), _line(sweep, deep) + one * (3 + states), kept)
 
 
+def predict_outer(
+    hf: PreTrainedModel, parts: Split | None, shape: LoraShape, outer: Packed, *, checkpoint: bool = False
+) -> Peak:
+    """Peak bytes over the weights of the outer loss's gradient by one adapter: all that there is without an inner loop."""
+    exact = torch.float64 if next(hf.parameters()).dtype == torch.float64 else torch.float32
+    first_order: list[int] = []
+    size: list[int] = []
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        batch = _fake(outer, mode)
+        for depth in DEPTHS:
+            model = _shallow(hf, parts, shape, depth)
+            adapter = _adapter(model.layers, shape.rank, 1, exact)
+            size.append(sum(x.nbytes for x in adapter.values()))
+            with _counting(first_order):
+                _first_order(model, batch, adapter, model.parts if checkpoint else None)
+    deep = len(parts.blocks) if parts else hf.config.get_text_config().num_hidden_layers
+    return Peak(_line(first_order, deep), 0, _line(size, deep))
+
+
 @dataclass(frozen=True)
 class Choice:
     """The engine that `auto` takes, whether first-order passes recompute block by block, and why, as a sentence."""

@@ -31,6 +31,7 @@ from mass.choices import (
     agreement,
     best,
     best_scored,
+    by_truth,
     fine_tuned,
     fine_tuned_on_best,
     greedy,
@@ -63,6 +64,7 @@ from mass.problems import Problem
 from mass.records import Made, Record, Seconds, StepLoss, Tokens
 from mass.rewards import find_answer, vote
 from mass.schema import Guard
+from mass.worlds import WORLDS
 
 Examples = Callable[[Kit, Seq[Problem], Room], Practice]
 Weights = Callable[[Kit, Seq[Problem], Practice], Tensor]
@@ -114,6 +116,8 @@ METHODS: dict[str, Method] = {
     "mass": Method(self_made, scored, fine_tuned, None, greedy),
     # the control "random weights" of MASS
     "shuffled": Method(self_made, shuffled, fine_tuned, None, greedy),
+    # the upper bound where the truth of every example is known
+    "oracle": Method(self_made, by_truth, fine_tuned, None, greedy),
 }
 
 
@@ -124,10 +128,17 @@ AUTO = "auto"
 
 
 def find(
-    name: str, *, has_scorer: bool, has_pool: bool, has_teacher: bool = False, has_chooser: bool = False
+    name: str,
+    *,
+    has_scorer: bool,
+    has_pool: bool,
+    has_teacher: bool = False,
+    has_chooser: bool = False,
+    has_truth: bool = False,
+    steps: int = 1,
 ) -> Method:
     """The row of a method (of `auto` its first choice). Raises MassError when there is none of that name or it needs what
-    is not there."""
+    is not there; `steps`: K, which a method that updates wants to be 1 or more."""
     if name == AUTO and has_chooser:
         return METHODS["none"]
     if name == AUTO:
@@ -140,7 +151,7 @@ def find(
         raise MassError(f"method {name!r}: {hint} The methods are {', '.join([*METHODS, AUTO])}.")
     method = METHODS[name]
     if method.weights in SCORED and not has_scorer:
-        free = [other for other, row in METHODS.items() if row.weights not in SCORED]
+        free = [other for other, row in METHODS.items() if row.weights not in (*SCORED, by_truth)]
         raise MassError(
             f"method {name} weighs by a trained scorer, and there is none here: name a run folder that mass-train "
             f"made, or use a method without one ({', '.join(free)})."
@@ -154,6 +165,17 @@ def find(
         raise MassError(
             f"method {name} has its examples from a stronger model: name it with --teacher MODEL or "
             "--teacher http://HOST:PORT/v1#MODEL."
+        )
+    if method.weights is by_truth and not has_truth:
+        raise MassError(
+            f"method {name} weighs by the truth of each example, which only a planted world knows: it is an arm of mass-eval, "
+            f"where every problem is of a world (--problems world:{next(iter(WORLDS))})."
+        )
+    if method.update and steps == 0:
+        free = [other for other, row in METHODS.items() if not row.update]
+        raise MassError(
+            f"method {name} updates, and inner.steps=0 takes no step: set inner.steps=1 or more, or use a method "
+            f"without update ({', '.join(free)})."
         )
     return method
 
@@ -172,6 +194,8 @@ def solve(kit: Kit, problems: Seq[Problem], method: str, *, baselines: bool = Tr
         has_pool=bool(kit.pool),
         has_teacher=kit.teacher is not None,
         has_chooser=kit.chooser is not None,
+        has_truth=kit.truth is not None,
+        steps=kit.steps,
     )
     if method == AUTO:
         return _auto(kit, problems, baselines)
@@ -204,7 +228,8 @@ def solve(kit: Kit, problems: Seq[Problem], method: str, *, baselines: bool = Tr
 def usable(kit: Kit, name: str, problem: Problem) -> bool:
     """Whether a row of the table can be used on a problem."""
     row = METHODS[name]
-    return not (row.weights in SCORED and kit.head is None) and _unfit(kit, row, problem) is None
+    lacks = (row.weights in SCORED and kit.head is None) or (row.update and not kit.steps)
+    return not lacks and _unfit(kit, row, problem) is None
 
 
 def solve_drawn(
@@ -416,5 +441,6 @@ def _note(work: Work, row: Method, t: int) -> str:
 # why all weights may be zero although there are valid examples
 NO_WEIGHT: Mapping[Weights, str] = {
     agreement: "all samples have the same reward: there was no update",
+    by_truth: "no example is right and of the problem's family: there was no update",
     best_scored: "no own answer reaches the threshold: there was no update",
 }

@@ -71,10 +71,20 @@ def policy_loss(
     loss_TN = -packed.mean_by_example(surrogate_M)
     if base_M is None:
         return loss_TN, torch.zeros_like(loss_TN)
-    gap_M = base_M - logprob_M
-    kl_M = gap_M.exp() - gap_M - 1
+    kl_M = _k3(logprob_M, base_M)
     held_M = beta * kl_M if evidence_M is None else torch.where(evidence_M, beta_evidence, beta) * kl_M
     return loss_TN + packed.mean_by_example(held_M), packed.mean_by_example(kl_M)
+
+
+def kl_to_base(packed: Packed, logprob_M: Tensor, base_M: Tensor) -> Tensor:
+    """Estimate of KL(policy || base) on each example, [T, N]: the mean over its tokens of exp(d) - d - 1,
+    d = log pi_base - log pi."""
+    return packed.mean_by_example(_k3(logprob_M, base_M))
+
+
+def _k3(logprob_M: Tensor, base_M: Tensor) -> Tensor:
+    gap_M = base_M - logprob_M
+    return gap_M.exp() - gap_M - 1
 
 
 def correlation(x: Tensor, y: Tensor) -> float:

@@ -19,13 +19,15 @@ from mass.setting import Setting, answer_sampling
 
 @dataclass(frozen=True)
 class OuterLoss:
-    """An outer loss at one adapter: per task [T], its gradient [T, ...] (empty if not asked for), solve rate [T]."""
+    """An outer loss at one adapter: per task [T], its gradient [T, ...] (empty if not asked for), solve rate [T] (NaN: gold);
+    `kl_T`: divergence from the base model on the sampled answers, None where its coefficient is 0."""
 
     loss_T: Tensor
     grad: Adapter
     solved_T: Tensor
     failures: int
     tokens: int
+    kl_T: Tensor | None = None
 
 
 def outer_loss(
@@ -36,11 +38,15 @@ def outer_loss(
     step: int,
     when: str,
     need_grad: bool = True,
+    beta: float = 0.0,
 ) -> OuterLoss:
-    """The recipe's outer loss of T tasks, each at its own adapter. `step` and `when` seed sampled answers."""
+    """The recipe's outer loss of T tasks, each at its own adapter. `step` and `when` seed sampled answers.
+
+    `beta`: coefficient of the KL divergence from the base model on those answers, in the gradient; gold has none.
+    """
     if setting.recipe.outer.loss == "gold":
         return _gold(setting, tasks, shots, adapter, need_grad)
-    return _verified(setting, tasks, shots, adapter, step, when, need_grad)
+    return _verified(setting, tasks, shots, adapter, step, when, need_grad, beta)
 
 
 def _gold(
@@ -75,7 +81,8 @@ def _verified(
     adapter: Adapter,
     step: int,
     when: str,
-    need_grad: bool = True,
+    need_grad: bool,
+    beta: float,
 ) -> OuterLoss:
     recipe, lm, prompts = setting.recipe, setting.lm, setting.prompts
     G = recipe.outer.rollouts
@@ -102,18 +109,26 @@ def _verified(
     ]
     packed = pack(rows, lm.tokenizer.pad_token_id, lm.device, share=attends_fully(lm.hf))
     grad: Adapter = {}
+    kl_T = None
     if need_grad:
+        base_M: Tensor | None = None
+        if beta > 0:
+            with torch.no_grad():
+                base_M = token_logprobs(lm.hf, lm.lora, packed, None)
+
+        def loss(logprob_M: Tensor) -> Tensor:
+            loss_T = outer.verifier_loss(packed, logprob_M, advantage_TG)
+            if base_M is not None:
+                loss_T = loss_T + beta * outer.kl_to_base(packed, logprob_M, base_M).mean(1)
+            return loss_T.sum()
+
         parts = setting.parts if setting.checkpoint else None
-        loss, logprob_M, grad = loss_and_grad(
-            lm.hf,
-            lm.lora,
-            packed,
-            adapter,
-            lambda x: outer.verifier_loss(packed, x, advantage_TG).sum(),
-            parts=parts,
-        )
+        _, logprob_M, grad = loss_and_grad(lm.hf, lm.lora, packed, adapter, loss, parts=parts)
+        if base_M is not None:
+            kl_T = outer.kl_to_base(packed, logprob_M, base_M).mean(1)
     # What is reported as the loss is 1 - mean reward: the surrogate's own value is zero in expectation.
     known = torch.isfinite(reward_TG)
     solved_T = (reward_TG.nan_to_num() * known).sum(1) / known.sum(1).clamp(min=1)
     failures = sum(v.status in ("failed", "timeout") for v in verdicts)
-    return OuterLoss(1 - solved_T, grad, solved_T, failures, sum(len(r.tokens) for own in drawn for r in own))
+    tokens = sum(len(r.tokens) for own in drawn for r in own)
+    return OuterLoss(1 - solved_T, grad, solved_T, failures, tokens, kl_T)

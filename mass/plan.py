@@ -30,6 +30,8 @@ ENGINES: dict[str, tuple[memory.Engine, bool, bool, float]] = {
     "blockwise, inner.checkpoint": ("blockwise", True, True, 4.5),
     "finite_difference": ("finite_difference", False, False, 3.0),
 }
+# in their place where inner.steps=0
+NO_LOOP = "no inner loop"
 
 
 @dataclass(frozen=True)
@@ -87,9 +89,11 @@ def make(recipe: Recipe, ranks: int, engines: Collection[str] = tuple(ENGINES)) 
         # PyTorch takes pinned memory in powers of two
         main["base shard"] = sum(1 << (size - 1).bit_length() for size in own)
     T = min(r.outer.tasks, r.outer.tasks_at_once or r.outer.tasks)
-    N, new, answer = r.generate.examples, r.generate.max_new_tokens, r.generate.answer_tokens
-    G = r.outer.rollouts if r.outer.loss == "verifier" else 1
     i = r.inner
+    # without an inner loop there are no examples
+    N, new = (r.generate.examples, r.generate.max_new_tokens) if i.steps else (0, 0)
+    answer = r.generate.answer_tokens
+    G = r.outer.rollouts if r.outer.loss == "verifier" else 1
     rule = Rule(i.optimizer, i.momentum, i.beta1, i.beta2, i.eps, i.eps_root, i.clip)
     inner = pack([[Sequence([0] * (PROMPT + new), PROMPT)] * N] * T, 0)
     last = pack([[Sequence([0] * (PROMPT + answer), PROMPT)] * G] * T, 0, share=blocks.attends_fully(hf))
@@ -97,7 +101,9 @@ def make(recipe: Recipe, ranks: int, engines: Collection[str] = tuple(ENGINES)) 
     # with inner.checkpoint two engines are one
     same: dict[tuple[str, bool, bool], memory.Peak] = {}
     seen: dict[bool, list[int]] = {}
-    for name in engines:
+    if not i.steps:
+        peaks[NO_LOOP] = memory.predict_outer(hf, parts, shape, last, checkpoint=i.checkpoint)
+    for name in engines if i.steps else ():
         engine, recompute, again, _ = ENGINES[name]
         key = (engine, recompute, again or i.checkpoint)
         if key not in same:
@@ -115,7 +121,7 @@ def make(recipe: Recipe, ranks: int, engines: Collection[str] = tuple(ENGINES)) 
         "KV cache": column * (rows * max(new, answer) + min(rows, T) * PROMPT),
         "logits": rows * head.shape[0] * 4,
         # of each row's adapter a copy in fp32, and from that one in the base's dtype
-        "adapters of the rows": (T if G > 1 else 1) * adapter * (4 + head.element_size() % 4),
+        "adapters of the rows": (T if G > 1 and i.steps else 1) * adapter * (4 + head.element_size() % 4),
     }
     if sharded and r.zero.hold_base:
         # beside the rank's own part; nothing is gathered meanwhile
@@ -125,8 +131,11 @@ def make(recipe: Recipe, ranks: int, engines: Collection[str] = tuple(ENGINES)) 
     if sharded:
         T_parts = -(-r.outer.tasks // T)
         # text is generated with the base gathered for every token, or once for all
-        texts = 1 + 2 * (G > 1) if r.zero.hold_base else max(new, 1) + (answer * 2 if G > 1 else 0)
-        passes = T_parts * (texts + 5 * i.steps + 8)
+        # with an inner loop answers are drawn before and after it
+        draws = (2 if i.steps else 1) * (G > 1)
+        texts = bool(i.steps) + draws if r.zero.hold_base else new + draws * answer
+        gradients = 5 * i.steps + 8 if i.steps else 2 + _has_kl(r)
+        passes = T_parts * (texts + gradients)
         sent["base, gathered"] = base * passes * (ranks - 1) / ranks
     return Plan(memory_parts, main, generating, peaks, flops, sent)
 
@@ -211,6 +220,10 @@ def _flops(r: Recipe, linear: int, head: int) -> dict[str, float]:
     )
     G = r.outer.rollouts if r.outer.loss == "verifier" else 1
     token = 2.0 * (linear + head)
+    if not r.inner.steps:
+        read = T * G * (PROMPT + answer)
+        sampled = read if r.outer.loss == "verifier" else 0
+        return {"generate": token * sampled, "outer loss": (2 + _has_kl(r)) * token * read}
     train = T * N * (PROMPT + new)
     last = 2 * T * G * (PROMPT + answer)
     sampled = last if r.outer.loss == "verifier" else 0
@@ -224,10 +237,17 @@ def _flops(r: Recipe, linear: int, head: int) -> dict[str, float]:
     return out
 
 
+def _has_kl(r: Recipe) -> bool:
+    """Without an inner loop: whether the base model reads the answers, too."""
+    return r.outer.loss == "verifier" and r.outer.beta > 0
+
+
 def _advice(r: Recipe, plan: Plan, ranks: int, limit: float) -> list[str]:
     fixed = sum(plan.parts.values())
     fitting = [name for name in plan.engines if plan.total(name) <= limit]
     exact = [name for name in fitting if name != "finite_difference"]
+    if NO_LOOP in fitting:
+        return ["It fits."]
     if exact:
         return [f"The fastest exact engine that fits: {exact[0]}."]
     if fitting:

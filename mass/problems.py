@@ -303,9 +303,14 @@ def _world_tasks(world: worlds.World, share: int, split: str, seed: int) -> list
     return tasks
 
 
+def has_truth(task: Task) -> bool:
+    """Whether it is known of examples for this task which are right: it is of a planted world."""
+    return task.entry is not None and "world" in task.entry
+
+
 def truth(task: Task, problem: str, solution: str) -> worlds.Truth | None:
     """What is known of an example that was made for a task; None where nothing is."""
-    if task.entry is None or "world" not in task.entry:
+    if task.entry is None or not has_truth(task):
         return None
     return worlds.truth(task.entry, task.problem.text, problem, solution)
 

@@ -218,9 +218,21 @@ def _training_contradictions(r: Recipe) -> Iterator[tuple[str, str]]:
                 f"{said(name, value)}: a guard of test time, which the meta-gradient does not differentiate through. "
                 f"Leave it out here, and give it to mass-adapt.",
             )
-    if r.generate.examples < 2 and r.outer.lr_scorer > 0:
+    if r.inner.steps == 0 and r.inner.learned_lr != "no":
+        text = f"inner.learned_lr={r.inner.learned_lr} with inner.steps=0: there is no inner step whose rate could be learned"
+        yield "inner.steps inner.learned_lr", f"{text}. Use inner.learned_lr=no, or inner.steps=1 or more."
+    if r.inner.steps == 0 and r.outer.through_init:
+        text = "outer.through_init=true with inner.steps=0: there is no inner loop to pass a gradient through"
         yield (
-            "generate.examples outer.lr_scorer",
+            "inner.steps outer.through_init",
+            f"{text}. Use outer.through_init=false, or inner.steps=1 or more.",
+        )
+    if r.inner.steps == 0 and r.outer.lr_policy == 0:
+        text = "inner.steps=0 with outer.lr_policy=0: without an inner loop only the policy is trained"
+        yield "inner.steps outer.lr_policy", f"{text}. Raise outer.lr_policy, or use inner.steps=1 or more."
+    if r.generate.examples < 2 and r.outer.lr_scorer > 0 and r.inner.steps > 0:
+        yield (
+            "generate.examples outer.lr_scorer inner.steps",
             "generate.examples=1 with a trained scorer: the softmax over one example is always 1, so the scorer "
             "would get no gradient. Use generate.examples=2 or more, or outer.lr_scorer=0.",
         )

@@ -29,7 +29,10 @@ def introduce(
     where = f"{world.size} process{'es' if world.size > 1 else ''} on {world.device.type}"
     log.say(f"{recipe.model.path}: {size / 1e6:.1f} M parameters in {recipe.model.dtype}, {where}")
     log.say(f"{train} training problems, {heldout} held out, {len(setting.pool)} kept as few-shot examples")
-    log.say(f"meta-gradient: {setting.engine}, K = {recipe.inner.steps} ({setting.why})")
+    if recipe.inner.steps:
+        log.say(f"meta-gradient: {setting.engine}, K = {recipe.inner.steps} ({setting.why})")
+    else:
+        log.say(f"no inner loop (inner.steps=0): outer.loss={recipe.outer.loss} trains the policy alone")
     if run.start is not None:
         log.say(f"continuing {run.start} at step {first}")
     for line in run.changed:

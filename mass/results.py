@@ -37,6 +37,8 @@ NOTES = (
 def tables(results: Mapping[str, Any]) -> list[Cells]:
     """The tables of `mass.tally.results`, for terminal, Markdown and page alike."""
     found = [_main(results)]
+    if "seeds" in results:
+        found.append(_seeds(results["seeds"]))
     if any(arm["examples"] for arm in results["arms"]):
         found.append(_examples(results))
     rows = groups(results)
@@ -113,6 +115,20 @@ def _main(results: Mapping[str, Any]) -> Cells:
         cells += [str(arm["errors"] + arm["unverified"])] if failed else []
         rows.append(cells)
     return f"{results['problems']} problems", heads, rows
+
+
+def _seeds(seeds: Mapping[str, Any]) -> Cells:
+    heads = ["arm", *(x["folder"] for x in seeds["folders"]), "mean", "standard deviation"]
+    rows = [
+        [
+            arm["arm"],
+            *(f"{x['accuracy'][arm['arm']]:.3f}" for x in seeds["folders"]),
+            f"{arm['mean']:.3f}",
+            f"{arm['deviation']:.3f}",
+        ]
+        for arm in seeds["arms"]
+    ]
+    return "Accuracy by training seed", heads, rows
 
 
 def _examples(results: Mapping[str, Any]) -> Cells:

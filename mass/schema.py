@@ -135,7 +135,11 @@ class Scorer:
 
 @dataclass(frozen=True)
 class Inner:
-    steps: int = _key(2, "fine-tuning steps on the weighted examples (K)", ge=1)
+    steps: int = _key(
+        2,
+        "fine-tuning steps on the weighted examples (K); 0 = no inner loop: the outer loss trains the policy as it is",
+        ge=0,
+    )
     optimizer: Literal["sgd", "adam"] = _key("sgd", "update rule that is differentiated through")
     lr: float = _key(0.3, "learning rate", ge=0)
     momentum: float = _key(0.0, "of sgd", ge=0, lt=1)
@@ -185,7 +189,9 @@ class Knobs:
 
 @dataclass(frozen=True)
 class MetaGradient:
-    mode: Literal["auto", "blockwise", "reverse", "finite_difference"] = _key("auto", "second-order engine")
+    mode: Literal["auto", "blockwise", "reverse", "finite_difference"] = _key(
+        "auto", "second-order engine; none is used with inner.steps=0"
+    )
     memory_gb: float | None = _key(None, "memory that auto may plan with; null = what is free", gt=0)
     truncate: int | None = _key(None, "differentiate the last J inner steps only; null = all", ge=1)
     one_sided: bool = _key(
@@ -207,8 +213,15 @@ class Outer:
     lr_policy: float = _key(3e-5, "learning rate of the policy adapter; 0 = keep it", ge=0)
     lr_scorer: float = _key(1e-3, "learning rate of the scorer; 0 = keep it", ge=0)
     lr_inner: float = _key(1e-2, "learning rate of a learned inner learning rate", ge=0)
-    gamma: float = _key(0.1, "coefficient of the solver loss of the policy without update", ge=0)
-    beta: float = _key(0.01, "coefficient of the KL divergence from the base model", ge=0)
+    gamma: float = _key(
+        0.1, "coefficient of the solver loss of the policy without update; with inner.steps=0 it is 1", ge=0
+    )
+    beta: float = _key(
+        0.01,
+        "coefficient of the KL divergence from the base model; with inner.steps=0 on the answers of outer.loss=verifier, and "
+        "none with gold",
+        ge=0,
+    )
     generator: float = _key(1.0, "coefficient of the generator loss", ge=0)
     reward: Literal["example", "answer"] = _key(
         "example",

@@ -53,6 +53,8 @@ from mass.watchdog import Watchdog, watching
 
 # these are left out where no rank has a value: most problems have no truth to hold an example against
 KNOWN = ("scorer/auc", "credit/auc", "generator/right")
+# what a run without an inner loop has in the place of a meta-gradient engine
+NO_ENGINE = "none"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -127,8 +129,9 @@ def _train(recipe: Recipe, world: World, watch: Watchdog) -> None:
         metrics: dict[str, float] = {}
 
         if heldout and _evaluates(recipe, step) and not leaving:
+            count = min(len(heldout), recipe.evaluate.problems)
             log.say(
-                f"answering {min(len(heldout), recipe.evaluate.problems)} held-out problems, without and with update"
+                f"answering {count} held-out problems, without {'and with ' * bool(recipe.inner.steps)}update"
             )
             metrics |= evaluate(
                 test_time_kit(setting, policy, eta, log_lr),
@@ -139,8 +142,8 @@ def _train(recipe: Recipe, world: World, watch: Watchdog) -> None:
                 rank=world.rank,
                 world=world.size,
             )
-            log.say(f"held-out at step {step}: {_percent(metrics['heldout/none'])} without update, "
-                    f"{_percent(metrics['heldout/mass'])} with")  # fmt: skip
+            told = f"held-out at step {step}: {_percent(metrics['heldout/none'])} without update"
+            log.say(told + (f", {_percent(metrics['heldout/mass'])} with" if recipe.inner.steps else ""))
 
         if step > saved and (done or leaving or step % recipe.save.every == 0):
             before = time.perf_counter()
@@ -165,19 +168,18 @@ def _train(recipe: Recipe, world: World, watch: Watchdog) -> None:
             at_once=recipe.outer.tasks_at_once,
             show=1 if show else 0,
         )
-        rates = {group: outer.learning_rate(group) for group in ("policy", "scorer")}
+        # without an inner loop the scorer stays as it began
+        learning = ("policy", "scorer") if recipe.inner.steps else ("policy",)
+        rates = {group: outer.learning_rate(group) for group in learning}
         applied, norms = outer.step(result.gradients)
         in_a_row = 0 if applied else in_a_row + 1
         skipped += not applied
 
         metrics |= _reduce(result.metrics, result.counts)
-        metrics |= {f"{group}/grad_norm": norms[group] for group in ("scorer", "policy")}
+        metrics |= {f"{group}/grad_norm": norms[group] for group in learning}
         metrics |= {f"time/{part}": seconds for part, seconds in result.seconds.items()}
-        metrics |= {
-            "time/step": time.perf_counter() - begin,
-            "meta/skipped_steps": skipped,
-            "inner/lr": _rate(recipe, log_lr),
-        }
+        metrics |= {"time/step": time.perf_counter() - begin, "meta/skipped_steps": skipped}
+        metrics |= {"inner/lr": _rate(recipe, log_lr)} if recipe.inner.steps else {}
         metrics |= {f"outer/lr_{group}": lr for group, lr in rates.items()} | {
             "memory/peak_gb": report.peak_gb()
         }
@@ -203,6 +205,10 @@ def look(recipe: Recipe, tasks: int) -> None:
     """`mass-train RECIPE --probe`: what mass/probe.py finds on the first tasks, before anything is trained."""
     torch.set_num_threads(recipe.run.threads)
     torch.manual_seed(recipe.run.seed)
+    if recipe.inner.steps == 0:
+        raise MassError(
+            "--probe looks at an inner loop, and inner.steps=0 has none: set inner.steps=1 or more"
+        )
     world = distributed.start(recipe.model.device)
     if world.size > 1:
         raise MassError(
@@ -307,9 +313,11 @@ def _choose(
     saved: list[Any] | None,
 ) -> tuple[str, bool, bool, str]:
     """(engine, recompute, first-order passes block by block, why). `auto` plans for the longest examples that may come; a resumed run keeps its choice."""
+    if recipe.inner.steps == 0:
+        return NO_ENGINE, True, recipe.inner.checkpoint, "nothing is second-order without an inner loop"
     if mode != "auto":
         return mode, True, recipe.inner.checkpoint, "as the recipe says"
-    if saved is not None:
+    if saved is not None and saved[0] != NO_ENGINE:
         return saved[0], saved[1], saved[2], "as the run began"
     r, pad = recipe, lm.tokenizer.pad_token_id
     asked = max((len(prompts.solve(task.problem.text)) for task in pool), default=64)

@@ -12,6 +12,7 @@ from mass.generate import Rollout
 from mass.methods import METHODS, Method, solve
 from mass.practice import Practice, pack_examples
 from mass.prompts import Example
+from mass.worlds import Truth
 
 
 @pytest.mark.usefixtures("answers")
@@ -19,13 +20,14 @@ from mass.prompts import Example
 def test_no_method_spends_more_than_the_budget(
     kit: Kit, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if method in ("quest", "mass", "shuffled", "tt-si", "in-context"):
+    if method in ("quest", "mass", "shuffled", "oracle", "tt-si", "in-context"):
         # examples that a random model writes are malformed: count every one as valid
         whole = lambda text, finished: Example(text or "x", "Answer: 3", True, "")  # noqa: E731
         monkeypatch.setattr(examples, "parse_example", whole)
         monkeypatch.setattr(choices.examples, "read_examples", _read(whole))
     written = Rollout([1] * 20, [0.0] * 20, True, "Problem: What is 1 + 1?\nSolution: Answer: 2")
     taught = replace(kit, teacher=lambda texts, shots, seeds: [[written] * len(own) for own in seeds])
+    taught = replace(taught, truth=lambda *_: Truth(True, True, None))
     problems = [SUMS, PLAIN] if method != "ttt" else [SUMS, GRIDS]
     counts = []
     for budget in (8, 60, 900):

@@ -18,6 +18,7 @@ from chain import save_chain, save_problems
 from ranks import Ranks
 
 from mass import command, filerun
+from mass import share as share_module
 from mass.errors import MassError
 from mass.filerun import (
     adapt_problems,
@@ -308,7 +309,7 @@ def test_a_process_with_a_gpu_of_its_own_gives_the_recipe_a_device_that_it_takes
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     state = SimpleNamespace(device=torch.device("cuda", 1), process_index=1, num_processes=2)
-    monkeypatch.setattr(command, "PartialState", lambda **_: state)
+    monkeypatch.setattr(share_module, "PartialState", lambda **_: state)
     monkeypatch.setenv("WORLD_SIZE", "2")
     share, overrides = command._processes(argparse.Namespace(out=Path("answers.jsonl"), html=None))
     assert share == command.Share(1, 2)

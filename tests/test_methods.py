@@ -109,6 +109,7 @@ def test_model_is_left_as_it_was_also_after_exceptions(kit: Kit) -> None:
         assert torch.equal(before[3], after[3])
 
     taught = replace(kit, teacher=lambda texts, shots, seeds: [["nothing"] * len(own) for own in seeds])
+    taught = replace(taught, truth=lambda *_: None)
     shown = Problem("s", "What is 3 + 1?", (("1 + 1", "2"), ("2 + 1", "3")))
     before = state()
     for method in METHODS:

@@ -38,7 +38,7 @@ def test_all_errors_come_in_one_message(write):
         ("zero.qqqq=3", "zero.qqqq: unknown key. zero has stage, hold_base, prefetch, offload, config."),
         ("wandb=3", "wandb: unknown key. The groups are run, model, prompt, problems, lora, generate,"),
         ("inner=3", "inner=3: inner is a group of keys."),
-        ("inner.steps=2.5", "inner.steps=2.5: wants an int, at least 1."),
+        ("inner.steps=2.5", "inner.steps=2.5: wants an int, at least 0."),
         ("inner.steps=true", "inner.steps=True: wants an int"),
         ("inner.steps=", "inner.steps=None: wants an int"),
         ("inner.steps.x=3", "inner.steps={'x': 3}: wants an int"),

@@ -26,7 +26,16 @@ from mass.choices.kit import (
     shots_for,
 )
 from mass.choices.updates import fine_tuned, fine_tuned_on_best, policy_gradient
-from mass.choices.weights import agreement, best_scored, probable, scored, shortest, shuffled, uniform
+from mass.choices.weights import (
+    agreement,
+    best_scored,
+    by_truth,
+    probable,
+    scored,
+    shortest,
+    shuffled,
+    uniform,
+)
 
 __all__ = [
     "Answered",
@@ -40,6 +49,7 @@ __all__ = [
     "agreement",
     "best",
     "best_scored",
+    "by_truth",
     "fine_tuned",
     "fine_tuned_on_best",
     "greedy",

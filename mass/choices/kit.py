@@ -20,6 +20,7 @@ from mass.problems import Problem, Task
 from mass.prompts import Prompts, Shots, pick_shots
 from mass.rewards import find_answer
 from mass.schema import Guard, Knobs
+from mass.worlds import Truth
 
 # (target texts, generate shots of each, seeds of each) -> for each target and seed what was written, or why nothing was
 Written = Rollout | str
@@ -41,6 +42,7 @@ class Kit:
     teacher        who writes the examples of `tt-d`
     guard          of the update; fisher: [R, in] and [out, R], how much each weight of the policy matters (guards.fisher)
     knobs          settings of single methods; chooser: of `auto`
+    truth          (target, example's problem, its solution) -> what a planted world knows of it, for `oracle` alone
     recompute      block by block in the update: less memory, more time (needs `parts`)
     """
 
@@ -71,6 +73,7 @@ class Kit:
     fisher: Adapter | None = None
     knobs: Knobs = Knobs()
     chooser: Chooser | None = None
+    truth: Callable[[Problem, str, str], Truth | None] | None = None
 
     @property
     def one(self) -> Adapter | None:

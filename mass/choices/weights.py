@@ -40,6 +40,17 @@ def scored(kit: Kit, problems: Seq[Problem], practice: Practice) -> Tensor:
         return scorer.weights(score_TN, practice.valid_TN, kit.temperature)
 
 
+def by_truth(kit: Kit, problems: Seq[Problem], practice: Practice) -> Tensor:
+    """Alike on the examples that are right and of the problem's family, 0 for all others: no scorer can know more."""
+    assert kit.truth is not None
+    good_TN = practice.valid_TN.clone()
+    for t, (p, own) in enumerate(zip(problems, practice.examples, strict=True)):
+        for i, e in enumerate(own):
+            known = kit.truth(p, e.problem, e.solution) if e.valid else None
+            good_TN[t, i] &= known is not None and known.right and known.kin
+    return scorer.weights(torch.zeros_like(good_TN, dtype=torch.float32), good_TN, 1.0)
+
+
 def shuffled(kit: Kit, problems: Seq[Problem], practice: Practice) -> Tensor:
     """Those of the scorer, dealt anew among the valid examples of each problem: the control for which example has which."""
     weight_TN = scored(kit, problems, practice)
