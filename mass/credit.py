@@ -99,18 +99,21 @@ def left_out(
     return change_TN, whole
 
 
-def one_step(setting: Setting, tasks: Seq[Task], practice: Practice, policy: Adapter) -> Tensor:
-    """<grad l_i, grad L> of each example at phi_0, [T, N]: what a single small SGD step would make of the credit.
+def one_step(
+    setting: Setting, tasks: Seq[Task], practice: Practice, policy: Adapter
+) -> tuple[Tensor, Tensor]:
+    """<grad l_i, grad L> of each example at phi_0, [T, N]: what a single small SGD step would make of the credit; and the
+    outer loss there, [T].
 
     Of the weights it knows nothing. Source: TracIn, arXiv 2002.08484; for fine-tuning LESS, arXiv 2402.04333.
     """
     start = expand(policy, len(tasks))
     shots = [own.solve for own in draw_shots(setting, tasks)]
-    gradient = outer_loss(setting, tasks, shots, start, STEP, "before").grad
-    zero_TN = torch.zeros_like(practice.valid_TN, dtype=torch.float32)
+    before = outer_loss(setting, tasks, shots, start, STEP, "before")
+    zero_TN = torch.zeros_like(practice.valid_TN, dtype=before.loss_T.dtype)
     products = make_products(setting, practice.packed, zero_TN)
-    dot_TN, _ = products(Step(start, {}, gradient, zero_TN), gradient, False)
-    return dot_TN
+    dot_TN, _ = products(Step(start, {}, before.grad, zero_TN), before.grad, False)
+    return dot_TN, before.loss_T
 
 
 def smoothness(

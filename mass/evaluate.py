@@ -22,13 +22,13 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 
-from mass import arms, compare, filerun, results, tally
+from mass import arms, attribution, compare, curves, filerun, results, tally
 from mass.arms import Arm
 from mass.choices import best, majority, self_made, teacher_made
 from mass.errors import MassError
 from mass.filerun import as_line, as_row, group, key_of, run_batches
 from mass.kit import Plan, build_kit, lent, plan
-from mass.log import no_space
+from mass.log import no_space, write_atomic
 from mass.methods import METHODS, Record
 from mass.model import load
 from mass.problems import Task, content_key, truth
@@ -100,6 +100,12 @@ def _parser() -> argparse.ArgumentParser:
         "--budget", type=int, metavar="TOKENS", help="what each problem may cost in every arm"
     )
     parser.add_argument("--teacher", metavar="MODEL", help="of tt-d: a model, or http://HOST:PORT/v1#MODEL")
+    parser.add_argument(
+        "--credit",
+        type=int,
+        metavar="N",
+        help="leave each self-made example of N problems out in turn: is its credit right? (without --methods: nothing else)",
+    )
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="a recipe key, for all arms")
     return parser
 
@@ -107,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace, words: Sequence[str]) -> dict[str, Any]:
     """Everything that a user can get wrong is looked at before a model is loaded."""
     compare.require()
-    for name in ("batch", "limit"):
+    for name in ("batch", "limit", "credit"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise MassError(f"--{name} {value}: it wants 1 or more")
@@ -127,12 +133,18 @@ def _run(args: argparse.Namespace, words: Sequence[str]) -> dict[str, Any]:
         None if args.methods is None else arms.parse(args.methods, wanted, overrides, (args.run, args.model))
     )
     problems = held_out(wanted, chosen or [], made=bool(args.problems), limit=args.limit)
+    some = attribution.choose(wanted, problems.tasks, args.credit) if args.credit else []
+    if chosen is None and some:
+        chosen, problems = [], problems._replace(tasks=some)
     if chosen is None:
         chosen, reasons = arms.every_usable(wanted, problems.tasks)
         for reason in reasons:
             _say(reason)
-    require({task.verifier for task in problems.tasks})
-    _say(f"{len(problems.tasks)} problems, {len(chosen)} arms: {', '.join(arm.name for arm in chosen)}")
+    if chosen:
+        require({task.verifier for task in problems.tasks})
+    _say(
+        f"{len(problems.tasks)} problems, {len(chosen)} arms: {', '.join(arm.name for arm in chosen) or 'none'}"
+    )
     if problems.left_out or problems.repeated:
         _say(
             f"left out: {problems.left_out} problems that a run has trained on or shows, {problems.repeated} repeated"
@@ -140,6 +152,9 @@ def _run(args: argparse.Namespace, words: Sequence[str]) -> dict[str, Any]:
     torch.set_num_threads(wanted.recipe.run.threads)
     folder.mkdir(parents=True, exist_ok=True)
     answer_all(chosen, problems.tasks, folder, args.batch)
+    credit = attribution.measure(wanted, some, args.batch, _say) if some else None
+    if credit:
+        write_atomic(folder / "credit.json", json.dumps(credit, indent=1, allow_nan=False) + "\n")
     rows = {arm.name: filerun.rows(folder / arm.file) for arm in chosen}
     found = {
         "command": ["mass-eval", *words],
@@ -149,9 +164,13 @@ def _run(args: argparse.Namespace, words: Sequence[str]) -> dict[str, Any]:
         "left_out": problems.left_out,
         "repeated": problems.repeated,
         **tally.results(rows, problems.trained),
+        "credit": attribution.summary(credit) if credit else None,
+        "learning": curves.read(wanted.step) if wanted.step else {},
     }
     results.write(folder, found)
-    _say(f"written: {folder}/results.json, results.md, results.html")
+    _say(
+        f"written: {folder}/results.json, results.md, results.html, figures/{', credit.json' if credit else ''}"
+    )
     return found
 
 

@@ -254,7 +254,7 @@ def _leave_one_out(
         practice = result.practice
         uniform_TN = torch.zeros_like(result.weight_TN)
         change_TN, _ = credit.left_out(setting, batch, practice, uniform_TN, policy, {})
-        dot_TN = credit.one_step(setting, batch, practice, policy)
+        dot_TN, _ = credit.one_step(setting, batch, practice, policy)
         for t, own in enumerate(practice.valid_TN):
             exact.append(credit.rank_correlation(result.credit_TN[t][own], change_TN[t][own]))
             one_step.append(credit.rank_correlation(dot_TN[t][own], change_TN[t][own]))
