@@ -142,9 +142,8 @@ def _run(args: argparse.Namespace, words: Sequence[str]) -> dict[str, Any]:
             _say(reason)
     if chosen:
         require({task.verifier for task in problems.tasks})
-    _say(
-        f"{len(problems.tasks)} problems, {len(chosen)} arms: {', '.join(arm.name for arm in chosen) or 'none'}"
-    )
+    names = f", {len(chosen)} arms: {', '.join(arm.name for arm in chosen)}" if chosen else ""
+    _say(f"{len(problems.tasks)} problems{names}")
     if problems.left_out or problems.repeated:
         _say(
             f"left out: {problems.left_out} problems that a run has trained on or shows, {problems.repeated} repeated"

@@ -224,6 +224,7 @@ def _learning(learning: Mapping[str, Any]) -> Any:
             )
         axes.set_title(title, fontsize=9, color=INK)
         axes.set_xlabel("outer step")
+        axes.locator_params(axis="y", nbins=5)
         # below, where no curve runs
         axes.legend(frameon=False, labelcolor=INK, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2))
     return figure
@@ -258,6 +259,8 @@ def _svg(figure: Any, salt: str) -> tuple[str, str]:
 
     figure.patch.set_alpha(0.0)
     text = io.StringIO()
+    # twice: a layout makes room for the tick labels of the one before
+    figure.draw_without_rendering()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "font.family": "sans-serif"}):
         figure.savefig(text, format="svg", metadata={"Date": None})
     svg = text.getvalue()

@@ -218,11 +218,16 @@ def _passed(tries: Mapping[str, Any] | None) -> str:
 
 def _about(results: Mapping[str, Any]) -> str:
     left = f"{results['left_out']} problems left out because a run has trained on them or shows them, {results['repeated']} repeated"
-    copies = sum(arm["copies"] for arm in results["arms"])
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    return (
-        f"{results['problems']} problems ({left}); {copies} self-made examples copied their target and were not used; "
-        f"{len(results['comparisons'])} comparisons; run.seed {results['seed']}; {versions}"
+    of_arms = []
+    if results["arms"]:
+        copies = sum(arm["copies"] for arm in results["arms"])
+        of_arms = [
+            f"{copies} self-made examples copied their target and were not used",
+            f"{len(results['comparisons'])} comparisons",
+        ]
+    return "; ".join(
+        [f"{results['problems']} problems ({left})", *of_arms, f"run.seed {results['seed']}", versions]
     )
 
 

@@ -179,7 +179,9 @@ def test_numbers_that_are_not_there_take_no_part() -> None:
 
 
 def test_the_batch_size_changes_nothing_but_rounding(run: Path, done: Path) -> None:
-    wanted = plan(str(run), None)
+    """Nor do the outer loss and the truncation of training, nor a learned inner rate that is the recipe's."""
+    overrides = ["outer.loss=verifier", "meta_gradient.truncate=1", "inner.learned_lr=layer"]
+    wanted = plan(str(run), None, overrides)
     tasks = attribution.choose(wanted, evaluate.held_out(wanted, [], made=False).tasks, 3)
     alone = attribution.measure(wanted, tasks, 1)
     together = read(done / "credit.json")
@@ -187,6 +189,20 @@ def test_the_batch_size_changes_nothing_but_rounding(run: Path, done: Path) -> N
         for key in ("credit_uniform", "change_uniform", "one_step", "score"):
             a, b = (np.array([row[key] for row in some], float) for some in (rows, others))
             np.testing.assert_allclose(a, b, rtol=0.02, atol=0.01 * np.nanmax(np.abs(b)))
+
+
+def test_where_the_inner_loop_exploded_there_is_no_credit_and_no_truth(run: Path) -> None:
+    wanted = plan(str(run), None, ["inner.lr=500", "inner.clip=1"])
+    tasks = attribution.choose(wanted, evaluate.held_out(wanted, [], made=False).tasks, 3)
+    found = attribution.measure(wanted, tasks, 4)
+    exploded = [problem["exploded_uniform"] for problem in found["problems"]]
+    assert any(exploded)
+    for problem, lost, rows in zip(found["problems"], exploded, by_problem(found), strict=True):
+        for key in ("agreement", "curvature", "moved", "slope"):
+            assert (problem[f"{key}_uniform"] is None) == lost
+        for key in ("credit", "change"):
+            assert {row[f"{key}_uniform"] is None for row in rows} == {lost}
+        assert None not in [row["score"] for row in rows]
 
 
 def test_a_problem_that_does_not_fit_is_left_out_and_counted(run: Path) -> None:
@@ -206,9 +222,8 @@ def test_alone_it_answers_nothing_and_writes_every_file(
     out = tmp_path / "out"
     assert evaluate.main(["--run", str(run), "--credit", "3", "--out", str(out)]) == 0
     said = capsys.readouterr()
-    assert (
-        "Is the credit right? 3 problems" in said.out and "Accuracy" not in said.out and "0 arms" in said.err
-    )
+    assert "Is the credit right? 3 problems" in said.out and "3 problems (" in said.out
+    assert "Accuracy" not in said.out and "copied" not in said.out and "arms" not in said.err
     names = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
     plots = ["figures/credit-against-the-true-change.svg", "figures/learning-curves.svg"]
     assert names == ["credit.json", *plots, "results.html", "results.json", "results.md"]
