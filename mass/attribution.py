@@ -103,7 +103,7 @@ def summary(found: Mapping[str, Any]) -> dict[str, Any]:
         "examples": len(found["examples"]),
         "known": sum(row["good"] is not None for row in found["examples"]),
         "good": _mean([float(row["good"]) for row in found["examples"] if row["good"] is not None]),
-        "loss_before": _mean([row["loss_before"] for row in found["problems"]]),
+        "loss_before": _mean([row.get("loss_before") for row in found["problems"]]),
         "measures": measures,
         "smoothness": [_smoothness(found["problems"], end, name) for end, name in UNDER.items()],
         # of each problem

@@ -191,6 +191,17 @@ def test_the_batch_size_changes_nothing_but_rounding(run: Path, done: Path) -> N
             np.testing.assert_allclose(a, b, rtol=0.02, atol=0.01 * np.nanmax(np.abs(b)))
 
 
+def test_problems_without_a_valid_example_have_no_numbers(run: Path) -> None:
+    wanted = plan(str(run), None, ["generate.max_new_tokens=1"])
+    tasks = attribution.choose(wanted, evaluate.held_out(wanted, [], made=False).tasks, 2)
+    found = attribution.measure(wanted, tasks, 4)
+    assert found["examples"] == [] and [x["valid"] for x in found["problems"]] == [0, 0]
+    shown = attribution.summary(found)
+    assert shown["loss_before"] is None and all(x["with_length"] is None for x in shown["measures"])
+    cells = results.tables({"arms": [], "sources": [], "credit": shown})
+    assert all(set(row[1:]) == {"-"} for row in cells[0][2])
+
+
 def test_where_the_inner_loop_exploded_there_is_no_credit_and_no_truth(run: Path) -> None:
     wanted = plan(str(run), None, ["inner.lr=500", "inner.clip=1"])
     tasks = attribution.choose(wanted, evaluate.held_out(wanted, [], made=False).tasks, 3)
