@@ -23,14 +23,14 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 
-from mass import arms, compare, filerun, pool, results, tally
+from mass import arms, attribution, compare, curves, filerun, pool, results, tally
 from mass.arms import Arm
 from mass.choices import best, majority, self_made, teacher_made
 from mass.disjoint import held_out
 from mass.errors import MassError
 from mass.filerun import as_line, as_row, group, key_of, run_batches
 from mass.kit import Plan, build_kit, lent, plan
-from mass.log import no_space
+from mass.log import no_space, write_atomic
 from mass.methods import METHODS, Record
 from mass.model import load
 from mass.problems import Task, truth
@@ -100,6 +100,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="put together what calls with these --out folders found, one a training seed; nothing is answered",
     )
+    parser.add_argument(
+        "--credit",
+        type=int,
+        metavar="N",
+        help="leave each self-made example of N problems out in turn: is its credit right? (without --methods: nothing else)",
+    )
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="a recipe key, for all arms")
     return parser
 
@@ -107,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace, words: Sequence[str]) -> dict[str, Any] | None:
     """Everything that a user can get wrong is looked at before a model is loaded. None: other processes still answer."""
     compare.require()
-    for name in ("batch", "limit"):
+    for name in ("batch", "limit", "credit"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise MassError(f"--{name} {value}: it wants 1 or more")
@@ -128,14 +134,19 @@ def _run(args: argparse.Namespace, words: Sequence[str]) -> dict[str, Any] | Non
         None if args.methods is None else arms.parse(args.methods, wanted, overrides, (args.run, args.model))
     )
     problems = held_out(wanted, chosen or [], made=bool(args.problems), limit=args.limit)
+    some = attribution.choose(wanted, problems.tasks, args.credit) if args.credit else []
+    if chosen is None and some:
+        chosen, problems = [], problems._replace(tasks=some)
     if chosen is None:
         chosen, reasons = arms.every_usable(wanted, problems.tasks)
         for reason in reasons if share.rank == 0 else ():
             _say(reason)
     arms.check_truth(chosen, problems.tasks)
-    require({task.verifier for task in problems.tasks})
+    if chosen:
+        require({task.verifier for task in problems.tasks})
+    names = f", {len(chosen)} arms: {', '.join(arm.name for arm in chosen)}" if chosen else ""
     if share.rank == 0:
-        _say(f"{len(problems.tasks)} problems, {len(chosen)} arms: {', '.join(arm.name for arm in chosen)}")
+        _say(f"{len(problems.tasks)} problems{names}")
     if share.rank == 0 and (problems.left_out or problems.repeated):
         _say(
             f"left out: {problems.left_out} problems that a run has trained on or shows, {problems.repeated} repeated"
@@ -148,6 +159,10 @@ def _run(args: argparse.Namespace, words: Sequence[str]) -> dict[str, Any] | Non
     share.leave()
     if not whole:
         return None
+    # the process that is left does it
+    credit = attribution.measure(wanted, some, args.batch, _say) if some else None
+    if credit:
+        write_atomic(folder / "credit.json", json.dumps(credit, indent=1, allow_nan=False) + "\n")
     rows = {arm.name: filerun.rows(folder / arm.file) for arm in chosen}
     found = {
         "command": ["mass-eval", *words],
@@ -157,6 +172,8 @@ def _run(args: argparse.Namespace, words: Sequence[str]) -> dict[str, Any] | Non
         "left_out": problems.left_out,
         "repeated": problems.repeated,
         **tally.results(rows, problems.trained),
+        "credit": attribution.summary(credit) if credit else None,
+        "learning": curves.read(wanted.step) if wanted.step else {},
     }
     return _written(folder, found)
 
@@ -164,7 +181,7 @@ def _run(args: argparse.Namespace, words: Sequence[str]) -> dict[str, Any] | Non
 def _pool(args: argparse.Namespace, words: Sequence[str]) -> dict[str, Any]:
     """The answers of other calls put together; nothing is answered, and no model is loaded."""
     compare.require()
-    alone = ("run", "model", "methods", "problems", "limit", "budget", "teacher", "settings")
+    alone = ("run", "model", "methods", "problems", "limit", "budget", "teacher", "credit", "settings")
     given = next((name for name in alone if getattr(args, name)), None)
     if given is not None:
         raise MassError(
@@ -180,7 +197,9 @@ def _pool(args: argparse.Namespace, words: Sequence[str]) -> dict[str, Any]:
 
 def _written(folder: Path, found: dict[str, Any]) -> dict[str, Any]:
     results.write(folder, found)
-    _say(f"written: {folder}/results.json, results.md, results.html")
+    _say(
+        f"written: {folder}/results.json, results.md, results.html, figures/{', credit.json' if found.get('credit') else ''}"
+    )
     return found
 
 

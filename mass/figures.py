@@ -3,10 +3,14 @@
 import io
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
+
+from mass.curves import CURVES
 
 # text, axes and grid take the colour of the page's text: drawn in this one, replaced afterwards
 INK = "#010203"
+# a file of its own is for paper
+PAPER_INK, PAPER = "#1b1f24", "#ffffff"
 COLOURS = ("#2f7fd8", "#d9722e", "#2e9e62", "#c2529b", "#8f7ad6", "#a8862a", "#4aa3a8", "#d0524f")
 PARTS = ("generate", "score", "adapt", "answer")
 WIDTH = 8.0
@@ -16,19 +20,31 @@ SOURCES = 12
 MARKERS = "osD^vP"
 
 
-def figures(results: Mapping[str, Any]) -> dict[str, str]:
-    """Title -> SVG element without links, for what there is to show of `mass.tally.results`."""
+class Plot(NamedTuple):
+    """`element`: for a page, in the colour of its text; `file`: the same as an image of its own, called `name`, on white."""
+
+    title: str
+    name: str
+    element: str
+    file: str
+
+
+def figures(results: Mapping[str, Any]) -> list[Plot]:
+    """What there is to show of `mass.tally.results`, of the learning curves (`learning`) and of `--credit` (`credit`)."""
+    arms = results["arms"]
     drawn = {
-        "Accuracy against tokens": _tokens(results["arms"]),
+        "Accuracy against tokens": _tokens(arms) if arms else None,
         "Gain over none, by source": _gains(results),
-        "Weights of right and other examples": _weights(results["arms"]),
-        "Where the time goes": _cost(results["arms"]),
+        "Weights of right and other examples": _weights(arms),
+        "Where the time goes": _cost(arms) if arms else None,
+        "Credit against the true change": _credit(results["credit"]) if results.get("credit") else None,
+        "Learning curves": _learning(results["learning"]) if results.get("learning") else None,
     }
-    return {
-        title: _svg(figure, f"mass-{i}")
+    return [
+        Plot(title, re.sub(r"\W+", "-", title.lower()), *_svg(figure, f"mass-{i}"))
         for i, (title, figure) in enumerate(drawn.items())
         if figure is not None
-    }
+    ]
 
 
 def groups(results: Mapping[str, Any]) -> list[tuple[str, int, dict[str, int]]]:
@@ -137,6 +153,83 @@ def _cost(arms: Sequence[Mapping[str, Any]]) -> Any:
     return figure
 
 
+def _credit(found: Mapping[str, Any]) -> Any:
+    """Guesses over what leaving an example out does, each over its root mean square in the problem: only examples of one
+    problem compare."""
+    figure, grid = _grid(1, 3, 3.1)
+    for axes, (guess, truth, title) in zip(
+        grid,
+        (
+            ("credit_uniform", "change_uniform", "meta-gradient,\nuniform weights"),
+            ("one_step", "change_uniform", "one-step dot product,\nuniform weights"),
+            ("credit", "change", "meta-gradient,\nscorer's weights"),
+        ),
+        strict=True,
+    ):
+        points = [
+            (x, y, good)
+            for own in found["points"]
+            for x, y, good in zip(_scaled(own[truth]), _scaled(own[guess]), own["good"], strict=True)
+            if x is not None and y is not None
+        ]
+        for kind, label, colour in (
+            (False, "other", COLOURS[1]),
+            (True, "right, of the family", COLOURS[2]),
+            (None, "not known", COLOURS[0]),
+        ):
+            some = [(x, y) for x, y, good in points if good is kind]
+            if some:
+                axes.scatter(
+                    *zip(*some, strict=True), s=10, color=colour, alpha=0.6, linewidth=0, label=label
+                )
+        axes.axhline(0.0, color=INK, linewidth=0.8)
+        axes.axvline(0.0, color=INK, linewidth=0.8)
+        axes.set_title(title, fontsize=9, color=INK)
+        axes.set_xlabel("rise of the outer loss, left out")
+    grid[0].set_ylabel("guess of it")
+    handles, labels = grid[0].get_legend_handles_labels()
+    if handles:
+        place = {"loc": "outside lower center", "ncols": len(labels)}
+        figure.legend(handles, labels, frameon=False, labelcolor=INK, fontsize=8, **place)
+    return figure
+
+
+def _scaled(values: Sequence[float | None]) -> list[float | None]:
+    known = [x for x in values if x is not None]
+    size = (sum(x * x for x in known) / max(1, len(known))) ** 0.5
+    return [None if x is None else x / size if size else 0.0 for x in values]
+
+
+def _learning(learning: Mapping[str, Any]) -> Any:
+    """A chart for each group of tags that the run has logged."""
+    charts = {
+        title: own
+        for title, tags in CURVES.items()
+        if (own := {t: x for t, x in tags.items() if t in learning})
+    }
+    figure, grid = _grid(1, len(charts), 3.4)
+    for axes, (title, tags) in zip(grid, charts.items(), strict=True):
+        for i, (tag, label) in enumerate(tags.items()):
+            curve = learning[tag]
+            # few points are a line that shows where they are
+            marker = "o" if len(curve["step"]) <= 12 else ""
+            axes.plot(
+                curve["step"],
+                curve["value"],
+                color=COLOURS[i],
+                marker=marker,
+                markersize=4,
+                linewidth=1.4,
+                label=label,
+            )
+        axes.set_title(title, fontsize=9, color=INK)
+        axes.set_xlabel("outer step")
+        axes.locator_params(axis="y", nbins=5)
+        # below, where no curve runs
+        axes.legend(frameon=False, labelcolor=INK, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+    return figure
+
+
 def _axes(height: float) -> tuple[Any, Any]:
     figure, grid = _grid(1, 1, height)
     return figure, grid[0]
@@ -160,16 +253,22 @@ def _grid(lines: int, columns: int, height: float) -> tuple[Any, list[Any]]:
     return figure, grid
 
 
-def _svg(figure: Any, salt: str) -> str:
-    """The figure as an element of a page: no header, no metadata, ids of its own, the page's ink."""
+def _svg(figure: Any, salt: str) -> tuple[str, str]:
+    """The figure as an element of a page (no header, no metadata, ids of its own, the page's ink), and as a file's text."""
     import matplotlib
 
     figure.patch.set_alpha(0.0)
     text = io.StringIO()
+    # twice: a layout makes room for the tick labels of the one before
+    figure.draw_without_rendering()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "font.family": "sans-serif"}):
         figure.savefig(text, format="svg", metadata={"Date": None})
     svg = text.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    start = svg.index(">") + 1
+    file = f'{svg[:start]}\n <rect width="100%" height="100%" fill="{PAPER}"/>{svg[start:]}'.replace(
+        INK, PAPER_INK
+    )
     # a page's parser knows the two name spaces
     svg = re.sub(r'\sxmlns(:xlink)?="[^"]*"', "", svg)
     # matplotlib numbers these from 1 in each figure
@@ -178,4 +277,4 @@ def _svg(figure: Any, salt: str) -> str:
         rf'id="{salt}-\1"',
         svg,
     )
-    return svg.replace(INK, "currentColor")
+    return svg.replace(INK, "currentColor"), file

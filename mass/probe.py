@@ -11,26 +11,22 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor
 from torch.nn import functional as F
 
-from mass import episode, metrics, outer, scorer
+from mass import credit, episode, metrics, outer, scorer
 from mass.choices import Room, own_answers
+from mass.credit import STEP
 from mass.episode import Result
-from mass.inner import Step
-from mass.lora import Adapter, expand
-from mass.outer_loss import outer_loss
-from mass.practice import Practice, features, fine_tune
+from mass.lora import Adapter
+from mass.practice import Practice, features
 from mass.problems import Task
 from mass.scorer import Scorer
-from mass.setting import Setting, draw_shots, inner_rates, make_products
+from mass.setting import Setting
 from mass.setting import kit as test_time_kit
 
 # inner.lr times these is tried: three decades, half a decade apart
 RATES = tuple(10 ** (k / 2) for k in range(-3, 4))
-# of training's generator of examples; not a step that training takes
-STEP = -1
 HEAD_STEPS = 150
 HEAD_LR = 3e-3
 FOLDS = 4
@@ -237,7 +233,7 @@ def _rate(
         if known_TN.any():
             # a task without a right example stays as it is
             weight_TN = scorer.weights(torch.zeros_like(result.weight_TN), good_TN, 1.0)
-            right.append(_loss_after(at, batch, practice, weight_TN, policy).mean().item())
+            right.append(credit.update(at, batch, practice, weight_TN, policy, {}).loss_T.mean().item())
     return Rate(
         lr,
         _mean(before),
@@ -248,69 +244,21 @@ def _rate(
     )
 
 
-def _loss_after(
-    setting: Setting, tasks: Seq[Task], practice: Practice, weight_TN: Tensor, policy: Adapter
-) -> Tensor:
-    """The outer loss of each task after an update with these weights, [T]."""
-    i = setting.recipe.inner
-    tuned = fine_tune(
-        setting.lm,
-        practice.packed,
-        weight_TN,
-        expand(policy, len(tasks)),
-        rule=setting.rule,
-        lr=inner_rates(setting, {}, policy),
-        steps=i.steps,
-        max_growth=i.max_growth,
-        parts=setting.parts if setting.checkpoint else None,
-    )
-    shots = [own.solve for own in draw_shots(setting, tasks)]
-    adapter = tuned.trajectory.adapter
-    return outer_loss(setting, tasks, shots, adapter, STEP, "after", need_grad=False).loss_T
-
-
 def _leave_one_out(
     setting: Setting, batches: Seq[Seq[Task]], made: Seq[Result], policy: Adapter
 ) -> tuple[float, float]:
     """Mean over tasks of the rank correlation between what leaving an example out does to the outer loss, under uniform
-    weights, and its exact credit; and the same for -<grad l_i(phi_0), grad L(phi_0)> turned into a credit."""
+    weights, and its exact credit; and the same for the one-step dot product."""
     exact, one_step = [], []
     for batch, result in zip(batches, made, strict=True):
         practice = result.practice
-        valid_TN = practice.valid_TN
-        with_all_T = _loss_after(setting, batch, practice, result.weight_TN, policy)
-        change = []
-        for i in range(valid_TN.shape[1]):
-            rest_TN = valid_TN.clone()
-            rest_TN[:, i] = False
-            weight_TN = scorer.weights(torch.zeros_like(result.weight_TN), rest_TN, 1.0)
-            change.append(_loss_after(setting, batch, practice, weight_TN, policy) - with_all_T)
-        change_TN = torch.stack(change, 1)
-        dot_TN = _one_step(setting, batch, practice, result.weight_TN, policy)
-        for t in range(len(batch)):
-            own = valid_TN[t]
-            exact.append(_rank_correlation(result.credit_TN[t][own], change_TN[t][own]))
-            one_step.append(_rank_correlation(dot_TN[t][own], change_TN[t][own]))
+        uniform_TN = torch.zeros_like(result.weight_TN)
+        change_TN, _ = credit.left_out(setting, batch, practice, uniform_TN, policy, {})
+        dot_TN, _ = credit.one_step(setting, batch, practice, policy)
+        for t, own in enumerate(practice.valid_TN):
+            exact.append(credit.rank_correlation(result.credit_TN[t][own], change_TN[t][own]))
+            one_step.append(credit.rank_correlation(dot_TN[t][own], change_TN[t][own]))
     return _mean(exact), _mean(one_step)
-
-
-def _one_step(
-    setting: Setting, tasks: Seq[Task], practice: Practice, weight_TN: Tensor, policy: Adapter
-) -> Tensor:
-    """<grad l_i, grad L> of each example at phi_0, [T, N]."""
-    start = expand(policy, len(tasks))
-    shots = [own.solve for own in draw_shots(setting, tasks)]
-    gradient = outer_loss(setting, tasks, shots, start, STEP, "before").grad
-    products = make_products(setting, practice.packed, weight_TN)
-    zero = torch.zeros_like(weight_TN)
-    c_TN, _ = products(Step(start, {}, gradient, zero), gradient, False)
-    return c_TN
-
-
-def _rank_correlation(x: Tensor, y: Tensor) -> float:
-    if x.numel() < 3 or x.std() == 0 or y.std() == 0:
-        return math.nan
-    return float(spearmanr(x.cpu(), y.cpu()).statistic)
 
 
 def _mean(values: Seq[float]) -> float:

@@ -1,7 +1,6 @@
 """The probe: what it says of a sound setting, and which fault it names where there is one."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +8,8 @@ import pytest
 import torch
 from chain import save_chain, save_problems
 
-from mass import episode, lora, metrics, probe, train
+from mass import lora, metrics, probe, train
 from mass.distributed import World
-from mass.practice import pack_examples
 from mass.problems import Task
 from mass.recipe import load
 from mass.setting import Setting
@@ -78,33 +76,6 @@ def test_a_credit_that_does_not_know_right_from_wrong_shows(
     monkeypatch.setattr(probe, "_leave_one_out", lambda *_: (0.0, 0.0))
     report = probe.probe(*families)
     assert 0.35 < report.credit_auc < 0.65 and report.feature_auc < 0.7
-
-
-def test_leaving_an_example_out_is_to_fine_tune_without_it(
-    families: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One example's effect by hand: the batch written anew with that example malformed."""
-    setting, tasks, policy, eta = families
-    seen: list[tuple[list[float], list[float]]] = []
-    monkeypatch.setattr(
-        probe, "_rank_correlation", lambda x, y: (seen.append((x.tolist(), y.tolist())), 1.0)[1]
-    )
-    result = episode.run(setting, tasks[:2], probe.STEP, policy, eta, {})
-    probe._leave_one_out(setting, [tasks[:2]], [result], policy)
-    (credit, change), *_ = seen
-    assert credit == result.credit_TN[0][result.practice.valid_TN[0]].tolist()
-
-    practice = result.practice
-    examples = [
-        [replace(e, valid=e.valid and i != 3) for i, e in enumerate(own)] for own in practice.examples
-    ]
-    packed, valid_TN = pack_examples(setting.lm, setting.prompts, examples, [[], []])
-    less = replace(practice, examples=examples, packed=packed, valid_TN=valid_TN)
-    without = episode.run(setting, tasks[:2], probe.STEP, policy, eta, {}, practice=less)
-    both = [x.metrics["meta/loss"] for x in (without, result)]
-    place = [i for i in range(8) if practice.valid_TN[0, i]].index(3)
-    other = [i for i in range(8) if practice.valid_TN[1, i]].index(3)
-    assert (change[place] + seen[2][1][other]) / 2 == pytest.approx(both[0] - both[1], abs=1e-4)
 
 
 def test_without_a_truth_the_verifier_judges_own_answers(tmp_path: Path) -> None:

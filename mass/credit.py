@@ -1,0 +1,169 @@
+"""What leaving an example out really does to the outer loss; a cheap guess of it; and how smooth the way there is.
+
+The credit is a derivative, the truth a difference: the inner loop is run again without the example, and the weights of
+the others are the softmax over them alone.
+"""
+
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor
+
+from mass import scorer
+from mass.inner import Step
+from mass.lora import Adapter, expand
+from mass.outer_loss import outer_loss
+from mass.practice import Practice, fine_tune, seed_of
+from mass.problems import Task
+from mass.setting import Setting, draw_shots, inner_rates, make_products
+
+# seeds the answers that a verified outer loss samples; not a step that training takes
+STEP = -1
+# of the finite differences, in scores: with v ~ N(0, I) it changes a weight by about a tenth
+REACH = 0.1
+
+
+@dataclass(frozen=True)
+class After:
+    """T tasks after an update: the outer loss of each [T], whether its inner loop exploded [T], its adapter [T, ...]."""
+
+    loss_T: Tensor
+    exploded_T: Tensor
+    adapter: Adapter
+
+
+@dataclass(frozen=True)
+class Smoothness:
+    """See `smoothness`: all [T]. `moved`: D_f(s, v), the outer loss's first difference quotient along `direction_TN`."""
+
+    agreement_T: Tensor
+    curvature_T: Tensor
+    moved_T: Tensor
+    direction_TN: Tensor
+
+
+def update(
+    setting: Setting,
+    tasks: Seq[Task],
+    practice: Practice,
+    weight_TN: Tensor,
+    policy: Adapter,
+    log_lr: Mapping[str, Tensor],
+) -> After:
+    """The inner loop under given weights, and the outer loss where it ends."""
+    i = setting.recipe.inner
+    tuned = fine_tune(
+        setting.lm,
+        practice.packed,
+        weight_TN,
+        expand(policy, len(tasks)),
+        rule=setting.rule,
+        lr=inner_rates(setting, log_lr, policy),
+        steps=i.steps,
+        max_growth=i.max_growth,
+        parts=setting.parts if setting.checkpoint else None,
+    )
+    shots = [own.solve for own in draw_shots(setting, tasks)]
+    adapter = tuned.trajectory.adapter
+    loss_T = outer_loss(setting, tasks, shots, adapter, STEP, "after", need_grad=False).loss_T
+    return After(loss_T, tuned.exploded_T, adapter)
+
+
+def left_out(
+    setting: Setting,
+    tasks: Seq[Task],
+    practice: Practice,
+    score_TN: Tensor,
+    policy: Adapter,
+    log_lr: Mapping[str, Tensor],
+) -> tuple[Tensor, After]:
+    """How much the outer loss rises when an example is left out, [T, N] (NaN for a malformed one); and the update with all.
+
+    Positive: the example helps, as with the credit. The weights are the softmax of `score_TN` over the examples that are
+    left; a task whose only example goes stays as it was.
+    """
+    valid_TN, temperature = practice.valid_TN, setting.recipe.scorer.temperature
+    whole = update(setting, tasks, practice, scorer.weights(score_TN, valid_TN, temperature), policy, log_lr)
+    change_TN = torch.full_like(score_TN, float("nan"))
+    for i in range(valid_TN.shape[1]):
+        if not valid_TN[:, i].any():
+            continue
+        rest_TN = valid_TN.clone()
+        rest_TN[:, i] = False
+        weight_TN = scorer.weights(score_TN, rest_TN, temperature)
+        less = update(setting, tasks, practice, weight_TN, policy, log_lr)
+        change_TN[:, i] = torch.where(valid_TN[:, i], less.loss_T - whole.loss_T, float("nan"))
+    return change_TN, whole
+
+
+def one_step(
+    setting: Setting, tasks: Seq[Task], practice: Practice, policy: Adapter
+) -> tuple[Tensor, Tensor]:
+    """<grad l_i, grad L> of each example at phi_0, [T, N]: what a single small SGD step would make of the credit; and the
+    outer loss there, [T].
+
+    Of the weights it knows nothing. Source: TracIn, arXiv 2002.08484; for fine-tuning LESS, arXiv 2402.04333.
+    """
+    start = expand(policy, len(tasks))
+    shots = [own.solve for own in draw_shots(setting, tasks)]
+    before = outer_loss(setting, tasks, shots, start, STEP, "before")
+    zero_TN = torch.zeros_like(practice.valid_TN, dtype=before.loss_T.dtype)
+    products = make_products(setting, practice.packed, zero_TN)
+    dot_TN, _ = products(Step(start, {}, before.grad, zero_TN), before.grad, False)
+    return dot_TN, before.loss_T
+
+
+def smoothness(
+    setting: Setting,
+    tasks: Seq[Task],
+    practice: Practice,
+    score_TN: Tensor,
+    policy: Adapter,
+    log_lr: Mapping[str, Tensor],
+    whole: After,
+    reach: float = REACH,
+) -> Smoothness:
+    """Two-point smoothness of the way from scores to adapter and outer loss: do finite differences at s and s + hv agree?
+
+    The metaparameter is the vector of scores s of a task, its direction v ~ N(0, I) (the same at every call), h = `reach`.
+    A(s) is the adapter after the inner loop, all its numbers in one vector, f(s) the outer loss there, and
+    D_g(s, v) = (g(s + hv) - g(s)) / h. Three inner loops, at s (`whole`), s + hv and s + 2hv, give
+
+        agreement  sign(D_A(s, v))' diag(d / |d|_1) sign(D_A(s + hv, v))   with d = |A(s + 2hv) - A(s)|, within [-1, 1];
+                   1: every number of the adapter moves on in the direction in which it began
+        curvature  |D_f(s + hv, v) - D_f(s, v)| / h, nats; 0: the outer loss is straight along v
+
+    Source: metasmoothness, "Optimizing ML Training with Metagradient Descent", arXiv 2503.13751: definition 2 (empirical
+    metasmoothness) and definition 1. There the metaparameters are weights of data; here their logarithms.
+    """
+    generators = [
+        torch.Generator().manual_seed(seed_of(setting.recipe.run.seed, "direction", t.problem.id))
+        for t in tasks
+    ]
+    direction_TN = torch.stack([torch.randn(score_TN.shape[1], generator=g) for g in generators]).to(score_TN)
+    at = [whole]
+    for k in (1, 2):
+        moved_TN = score_TN + k * reach * direction_TN
+        weight_TN = scorer.weights(moved_TN, practice.valid_TN, setting.recipe.scorer.temperature)
+        at.append(update(setting, tasks, practice, weight_TN, policy, log_lr))
+    same_T = torch.zeros_like(whole.loss_T)
+    total_T = torch.zeros_like(whole.loss_T)
+    for key in whole.adapter:
+        a, b, c = (x.adapter[key].flatten(1) for x in at)
+        d = (c - a).abs()
+        same_T += (d * (b - a).sign() * (c - b).sign()).sum(1)
+        total_T += d.sum(1)
+    first_T, second_T = ((at[k + 1].loss_T - at[k].loss_T) / reach for k in (0, 1))
+    # a single example has weight 1 whatever its score: nothing moves
+    agreement_T = torch.where(total_T > 0, same_T / total_T, float("nan"))
+    return Smoothness(agreement_T, (second_T - first_T).abs() / reach, first_T, direction_TN)
+
+
+def rank_correlation(x: Tensor, y: Tensor) -> float:
+    """Spearman's, of two flat tensors; NaN under three points or without spread."""
+    if x.numel() < 3 or x.std() == 0 or y.std() == 0:
+        return float("nan")
+    return float(spearmanr(x.cpu(), y.cpu()).statistic)
