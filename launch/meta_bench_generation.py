@@ -2,7 +2,8 @@
 
 All engines continue the same prompts of one length, each with a number of samples as training draws them, by the same number
 of tokens, drawn at temperature 1 from the nucleus of --top-p; none may stop early. The prompts' own forward is part of
-the time, loading and a warm-up are not.
+the time, loading and a warm-up are not. Adapters: one for the rows of each prompt, as for the rows of a task, so that
+rows share as many prompts' forwards with adapters as without; --samples 1 gives every row a prompt and an adapter of its own.
 """
 
 import argparse
@@ -47,7 +48,8 @@ COLUMNS = {
 }
 NOTES = [
     f"tokens / s: batch x new tokens / seconds, prompts of {PROMPT} tokens run meanwhile; at temperature 1.",
-    "ours: `mass.generate`; graph, compiled: the same with generate.step=cuda_graph and compile, recording included; hf: `generate` of transformers; adapters: of rank 8 on every linear layer, one a row.",
+    "adapters: of rank 8 on every linear layer, one for the rows of each prompt; where each prompt has one row, one a row.",
+    "ours: `mass.generate`; graph, compiled: the same with generate.step=cuda_graph and compile, recording included; hf: `generate` of transformers.",
     "floor: the decode step's matrix products alone (every linear layer and the head, weights packed as ours are).",
     "llama-cpp: one context, all rows in one batch, weights requantised to bf16, its own sampler; vllm: where it is installed.",
 ]
@@ -62,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64, 128], help="rows [1 16 64 128]")
     parser.add_argument("--new-tokens", type=int, nargs="+", default=[48, 256], help="of a row [48 256]")
     parser.add_argument(
-        "--samples", type=int, nargs="+", default=[8], help="rows of each prompt, at most the batch [8]"
+        "--samples", type=int, nargs="+", default=[1, 8], help="rows of each prompt, at most the batch [1 8]"
     )
     parser.add_argument("--top-p", type=float, default=0.9, help="1: the whole vocabulary [0.9]")
     parser.add_argument("--device", default="cpu", help="cpu or cuda [cpu]")
@@ -84,12 +86,12 @@ def cases(args: argparse.Namespace) -> list[Row]:
         for batch in args.batch
         for samples in sorted({min(samples, batch) for samples in args.samples})
         for engine in engines
-        for adapters in ([0, batch] if engine in OURS else [0])
+        for adapters in ([0, -(-batch // samples)] if engine in OURS else [0])
     ]
 
 
 def name(case: Row) -> str:
-    """What --cases picks by: engine/batch16/samples8/new48, with /adapters behind it where each row has its own."""
+    """What --cases picks by: engine/batch16/samples8/new48, with /adapters behind it where each prompt has its own."""
     front = f"{case['engine']}/batch{case['batch']}/samples{case['samples']}/new{case['new_tokens']}"
     return front + ("/adapters" if case["adapters"] else "")
 
@@ -118,15 +120,15 @@ def finish(rows: list[Row]) -> list[Row]:
 
 
 def plot(rows: list[Row], axes: Any) -> None:
-    """Tokens per second over the batch: one line an engine, at the first length."""
+    """Tokens per second over the batch: one line an engine and number of samples, at the first length."""
     good = [row for row in rows if "tokens_per_second" in row]
-    for label in dict.fromkeys(row["engine"] + (" with adapters" if row["adapters"] else "") for row in good):
-        own = [
-            row
-            for row in good
-            if row["engine"] + (" with adapters" if row["adapters"] else "") == label
-            and row["new_tokens"] == good[0]["new_tokens"]
-        ]
+
+    def label_of(row: Row) -> str:
+        with_ = " with adapters" if row["adapters"] else ""
+        return f"{row['engine']}{with_}, {row['samples']} of one prompt"
+
+    for label in dict.fromkeys(map(label_of, good)):
+        own = [row for row in good if label_of(row) == label and row["new_tokens"] == good[0]["new_tokens"]]
         axes.plot([r["batch"] for r in own], [r["tokens_per_second"] for r in own], "o-", label=label)
     axes.set(xscale="log", yscale="log", xlabel="rows", ylabel="tokens per second")
 
@@ -177,6 +179,7 @@ def ours(case: Row) -> Run:
             max_new_tokens=new,
             top_p=case["top_p"],
             adapter=adapter,
+            adapter_index=[i // case["samples"] for i in range(len(rows))] if adapter else None,
             batch_rows=len(rows),
             step=OURS[case["engine"]],
         )

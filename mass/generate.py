@@ -176,7 +176,7 @@ def _decode(
         # a prefill for a few rows costs more than the empty places
         if waiting and free >= min(len(waiting), max(slots // 4, 1)):
             new = [waiting.pop() for _ in range(min(free, len(waiting)))]
-            _admit(lm, cache, new, adapter)
+            _admit(lm, cache, new, adapters)
             live += new
             drawn = row_uniforms([seeds[row.index] for row in new], max_new_tokens, cuts)
             uniform_BSU = torch.cat([uniform_BSU, drawn])
@@ -203,14 +203,13 @@ def _decode(
                 adapters.set_rows([row.adapter for row in live])
 
 
-def _admit(
-    lm: "LanguageModel", cache: RowCache, new: Sequence[_Row], adapter: Mapping[str, Tensor] | None
-) -> None:
+def _admit(lm: "LanguageModel", cache: RowCache, new: Sequence[_Row], adapters: RowAdapters | None) -> None:
     """Run the new rows' prompts less their last token, each (prompt, adapter) once, into the cache."""
     shared: dict[tuple[int, tuple[int, ...]], list[_Row]] = {}
     for row in new:
         shared.setdefault((row.adapter, row.prompt[:-1]), []).append(row)
     groups = list(shared.values())
+    own = adapters.apart() if adapters else None
     while groups:
         # sorted by length: the first is the longest
         width = len(groups[0][0].prompt) - 1
@@ -218,10 +217,9 @@ def _admit(
         part, groups = groups[:count], groups[count:]
         cached: list[tuple[Tensor, Tensor]] = []
         if width:
-            adapters = RowAdapters(lm.lora, adapter) if adapter else None
-            if adapters:
-                adapters.set_rows([rows[0].adapter for rows in part], tokens=width)
-            with adapters.applied() if adapters else contextlib.nullcontext():
+            if own:
+                own.set_rows([rows[0].adapter for rows in part], tokens=width)
+            with own.applied() if own else contextlib.nullcontext():
                 cached = _prefill(lm, [rows[0].prompt[:-1] for rows in part])
         source = [i for i, rows in enumerate(part) for _ in rows]
         cache.add(cached, source, [len(row.prompt) - 1 for rows in part for row in rows])

@@ -1,5 +1,6 @@
 """launch/meta_bench.py generation: every engine does the work that its row says."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -30,7 +31,7 @@ CASE: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize(("engine", "adapters"), [("ours", 0), ("ours", 6), ("hf", 0), ("floor", 0)])
+@pytest.mark.parametrize(("engine", "adapters"), [("ours", 0), ("ours", 2), ("hf", 0), ("floor", 0)])
 def test_an_engine_makes_the_tokens_that_it_counts(engine: str, adapters: int, monkeypatch: Any) -> None:
     rows: list[int] = []
     made = model.tiny
@@ -47,12 +48,17 @@ def test_an_engine_makes_the_tokens_that_it_counts(engine: str, adapters: int, m
     assert rows == [6] * 5
 
 
-def test_ours_runs_with_one_adapter_a_row_and_every_layer_is_in_the_floor(monkeypatch: Any) -> None:
+def test_ours_runs_with_one_adapter_a_prompt_and_every_layer_is_in_the_floor(monkeypatch: Any) -> None:
     seen: dict[str, Any] = {}
     monkeypatch.setattr(bench, "generate", lambda lm, rows, **how: seen.update(how, rows=rows) or [])
-    bench.ours(CASE | {"engine": "ours", "adapters": 6})(5)
+    bench.ours(CASE | {"engine": "ours", "adapters": 2})(5)
     sizes = {tensor.shape[0] for tensor in seen["adapter"].values()}
-    assert sizes == {6} and seen["top_p"] == 0.9 and seen["batch_rows"] == 6 == len(seen["rows"])
+    assert (
+        sizes == {2}
+        and seen["adapter_index"] == [0, 0, 0, 1, 1, 1]
+        and seen["top_p"] == 0.9
+        and seen["batch_rows"] == 6 == len(seen["rows"])
+    )
     assert [row == seen["rows"][0] for row in seen["rows"]] == [True] * 3 + [False] * 3
     assert {len(row) for row in seen["rows"]} == {bench.PROMPT}
     calls: list[torch.nn.Module] = []
@@ -65,6 +71,15 @@ def test_ours_runs_with_one_adapter_a_row_and_every_layer_is_in_the_floor(monkey
     assert len(calls) == len(set(map(id, calls))) == 2 * 7 + 1
 
 
+def test_there_are_as_many_adapters_as_prompts() -> None:
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    cases = bench.cases(parser.parse_args(["--batch", "1", "16", "--new-tokens", "48"]))
+    told = {(case["batch"], case["samples"], case["adapters"]) for case in cases if case["engine"] == "ours"}
+    assert told == {(1, 1, 0), (1, 1, 1), (16, 1, 0), (16, 1, 16), (16, 8, 0), (16, 8, 2)}
+    assert len({bench.name(case) for case in cases}) == len(cases)
+
+
 def test_ratios_are_to_the_rows_of_the_same_batch_and_length() -> None:
     def row(engine: str, batch: int, speed: float, adapters: int = 0) -> dict[str, Any]:
         more = {"engine": engine, "batch": batch, "adapters": adapters, "tokens_per_second": speed}
@@ -72,7 +87,7 @@ def test_ratios_are_to_the_rows_of_the_same_batch_and_length() -> None:
 
     rows = [
         row("ours", 6, 30),
-        row("ours", 6, 27, 6),
+        row("ours", 6, 27, 2),
         row("hf", 6, 10),
         row("floor", 6, 60),
         row("ours", 1, 9),
@@ -86,6 +101,7 @@ def test_ratios_are_to_the_rows_of_the_same_batch_and_length() -> None:
 def test_the_command_writes_the_rows(tmp_path: Path) -> None:
     file, picture = tmp_path / "rows.json", tmp_path / "rows.png"
     words = ["generation", "--model", "tiny:llama", "--dtype", "fp32", "--rounds", "1", "--batch", "2"]
+    words += ["--samples", "1"]
     words += ["--new-tokens", "3", "--cases", "ours/*/adapters", "--json", str(file), "--plot", str(picture)]
     command = [sys.executable, str(LAUNCH / "meta_bench.py"), *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
