@@ -11,9 +11,11 @@ what another does. Units move in rounds: every rank says which unit it wants (or
 same answers, and all take part in gathering the unit that follows from them. A rank that waits for others therefore
 has to keep giving: `settle` does that until no rank wants anything, and belongs before every other collective call.
 
-Why not deepspeed.zero.Init: its parameters are gathered one by one (seven calls a block where one does), by assigning
-`param.data`, which fails inside torch.func transforms; it cannot read a part of a file, so some process would hold each
-whole tensor; and its calls must come in the same order on every rank.
+DeepSpeed makes and holds the parts: a unit is one flat parameter that `deepspeed.zero.Init` partitions, and its tools see it:
+`deepspeed.zero.GatheredParameters(shards.parameters())`, called by all ranks after `settle`. Two things are ours. Reading:
+each rank reads its own elements of a file into its part, where DeepSpeed would have a process hold each tensor whole.
+Gathering: DeepSpeed's must be asked for in the same order on every rank, and it assigns `param.data`, which under
+torch.func is an error inside PyTorch (0.19.8 with torch 2.13: "escaped?", or the process dies).
 """
 
 import contextlib
@@ -44,13 +46,18 @@ MOST_WHOLE = 0.1
 
 @dataclass
 class Unit:
-    """Matrices that are gathered together. `part`: this rank's 1/W of them, flat."""
+    """Matrices that are gathered together. `parameter`: all of them, flat, once DeepSpeed has partitioned it."""
 
     names: list[str] = field(default_factory=list)
     shapes: list[torch.Size] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
     size: int = 0
-    part: Tensor = field(default_factory=lambda: torch.empty(0))
+    parameter: nn.Parameter = field(default_factory=nn.Parameter)
+
+    @property
+    def part(self) -> Tensor:
+        """This rank's 1/W, flat."""
+        return self.parameter.ds_tensor  # type: ignore[attr-defined]
 
     def add(self, name: str, shape: torch.Size, alignment: int) -> int:
         """Append a matrix; returns its number in the unit."""
@@ -125,7 +132,9 @@ class Shards:
                 "and embeddings and cannot be sharded. Use zero.stage=2, which keeps the base whole on every rank."
             )
         for unit in self.units:
-            self._fill(unit, read, dtype)
+            self._partition(unit, dtype)
+        for unit in self.units:
+            self._fill(unit, read)
         for module, (u, i, placeholder) in layers:
             module.__class__ = _sharded_class(module)
             module.weight = placeholder
@@ -136,16 +145,33 @@ class Shards:
         one = torch.full((1,), torch.nan, dtype=dtype, device=self.device)
         return nn.Parameter(one.expand(shape), requires_grad=False)
 
-    def _fill(self, unit: Unit, read: Read, dtype: torch.dtype) -> None:
-        size = -(-unit.size // self.ranks)
-        first = size * self.rank
-        # pages that the GPU can read by itself
-        pinned = self.home.type == "cpu" and self.device.type == "cuda"
-        unit.part = torch.zeros(size, dtype=dtype, device=self.home, pin_memory=pinned)
+    def _partition(self, unit: Unit, dtype: torch.dtype) -> None:
+        """Let DeepSpeed make the parts of a unit. It wants the unit whole for a moment, and sends it from rank 0 to all,
+        with no numbers in it yet: one unit at a time, as when it is gathered.
+        """
+        import deepspeed
+        from deepspeed.accelerator import get_accelerator
+
+        flat = torch.empty(unit.size, dtype=dtype, device=get_accelerator().current_device_name())
+        unit.parameter = nn.Parameter(flat, requires_grad=False)
+        # Given a module it patches nothing but the linear that has no forward mode; as a context it would patch the
+        # constructors of all modules and tensors, and leave its traces on every class.
+        deepspeed.zero.Init(
+            module=nn.ParameterList([unit.parameter]),
+            data_parallel_group=self._moves,
+            mem_efficient_linear=False,
+            remote_device=str(self.home),
+            # pages that the GPU can read by itself
+            pin_memory=self.home.type == "cpu" and self.device.type == "cuda",
+        )
+
+    def _fill(self, unit: Unit, read: Read) -> None:
+        part = unit.part.zero_()
+        first = len(part) * self.rank
         for name, shape, start in zip(unit.names, unit.shapes, unit.starts, strict=True):
-            low, high = max(first, start), min(first + size, start + shape.numel())
+            low, high = max(first, start), min(first + len(part), start + shape.numel())
             if low < high:
-                unit.part[low - first : high - first] = read(name, low - start, high - start).detach()
+                part[low - first : high - first] = read(name, low - start, high - start).detach()
 
     # ---- what a layer asks for
 
@@ -157,6 +183,10 @@ class Shards:
         """As `hf.named_parameters()`, with the real values, each of which is to be used before the next is asked for."""
         for name, parameter in hf.named_parameters():
             yield name, self.matrix(*self._place[name]) if name in self._place else parameter
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The units, as DeepSpeed's partitioned parameters (flat, of size 0 until DeepSpeed gathers them)."""
+        return [unit.parameter for unit in self.units]
 
     @property
     def working_bytes(self) -> int:
