@@ -206,6 +206,8 @@ def test_a_plan_has_the_outer_loss_alone(tmp_path: Path) -> None:
     assert gold.total(plan.NO_LOOP) < loop.total("reverse") and sum(gold.flops.values()) < sum(
         loop.flops.values()
     )
+    # one answer a task at most, and no examples
+    assert gold.generating["KV cache"] < 0.5 * loop.generating["KV cache"]
     assert gold.flops["generate"] == 0 < made["verifier"].flops["generate"]
     assert made["verifier"].sent["base, gathered"] > 0
     assert plan.report(make(tmp_path)[0].recipe, 1, 80.0).endswith("It fits.")
