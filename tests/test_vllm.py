@@ -11,7 +11,7 @@ import torch
 from test_generate import some_adapters, some_prompts, tokens
 from tiny import tiny_lm
 
-from mass import generate_vllm, lora
+from mass import lora, vllm_engine
 from mass.errors import MassError
 from mass.generate import generate
 from mass.model import LanguageModel
@@ -36,7 +36,7 @@ def build(kind: str, dtype: torch.dtype = torch.float32) -> LanguageModel:
 def lm() -> Iterator[LanguageModel]:
     made = build("llama")
     yield made
-    generate_vllm._drop(made.hf)
+    vllm_engine.drop(made.hf)
 
 
 def prompts(lm: LanguageModel) -> list[list[int]]:
@@ -67,11 +67,11 @@ def test_greedy_text_and_logprobs_are_ours(lm: LanguageModel) -> None:
             assert (a.text, a.finished) == (b.text, b.finished)
             assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
     assert tokens(want[0][1]) != tokens(want[2][1])
-    assert len(generate_vllm._engines) == 1
+    assert len(vllm_engine.engines) == 1
     # nothing is left behind
     assert dict(os.environ) == environment and list(lm.hf.state_dict()) == names
     assert not list(Path("/dev/shm").glob("mass-vllm-*"))
-    assert not generate_vllm._engines[lm.hf][0].list_loras()
+    assert not vllm_engine.engines[lm.hf][0].list_loras()
 
 
 def test_a_row_s_text_depends_on_its_seed(lm: LanguageModel) -> None:
