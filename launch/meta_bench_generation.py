@@ -286,6 +286,7 @@ def llama_cpp(case: Row) -> Run:
 def vllm(case: Row) -> Run:
     # as generate.engine=vllm starts it
     os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(case["threads"])}
+    os.environ |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     from vllm import LLM, SamplingParams
 
     hf, tokenizer = load(case["model"], dtype=case["dtype"], device="cpu")

@@ -8,6 +8,7 @@ import contextlib
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -17,6 +18,7 @@ from weakref import WeakKeyDictionary
 
 import psutil
 import torch
+from filelock import FileLock, Timeout
 
 from mass import lora
 from mass.cache import first_line
@@ -181,7 +183,25 @@ def _check_memory(lm: "LanguageModel", cache: int) -> None:
 
 @contextlib.contextmanager
 def folder(need: int) -> Iterator[Path]:
-    """A folder for so many bytes that is gone afterwards: in memory, or among temporary files where memory has no room for it."""
+    """A folder for so many bytes that is gone afterwards: in memory, or among temporary files where memory has no room for it.
+
+    What killed processes have left is removed: a folder's lock is held for as long as its process lives.
+    """
     roomy = IN_MEMORY.is_dir() and shutil.disk_usage(IN_MEMORY).free > need + (1 << 26)
-    with tempfile.TemporaryDirectory(prefix="mass-vllm-", dir=IN_MEMORY if roomy else None) as made:
-        yield Path(made)
+    place = IN_MEMORY if roomy else Path(tempfile.gettempdir())
+    for left in place.glob("mass-vllm-*.lock"):
+        # in use, or another user's
+        with contextlib.suppress(Timeout, OSError), FileLock(left, timeout=0):
+            _remove(left.with_suffix(""))
+    made = place / f"mass-vllm-{uuid.uuid4().hex}"
+    with FileLock(f"{made}.lock"):
+        try:
+            made.mkdir(mode=0o700)
+            yield made
+        finally:
+            _remove(made)
+
+
+def _remove(made: Path) -> None:
+    shutil.rmtree(made, ignore_errors=True)
+    made.with_suffix(".lock").unlink(missing_ok=True)

