@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(given)
     module = COMMANDS[args.command]
     if args.measure:
-        # the last line of standard output is the answer: libraries may print before it
+        # the last line of standard output that is an object is the answer: libraries print too
         print(json.dumps(module.measure(json.loads(args.measure))), flush=True)
         return
     cases = [c for c in module.cases(args) if any(fnmatch.fnmatchcase(module.name(c), p) for p in args.cases)]
@@ -147,7 +147,8 @@ def isolated(command: str, case: Row) -> Row:
     if done.returncode:
         lines = done.stderr.strip().splitlines()
         return {"error": lines[-1] if lines else f"ended by signal {-done.returncode} (out of memory?)"}
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    # processes that it started may say something when it ends
+    return json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
 
 
 def _median(samples: list[Row]) -> Row:

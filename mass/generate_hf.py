@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteriaList
 
 from mass import batch, lora
+from mass.blocks import attends_fully
 from mass.forward import token_logprobs
 from mass.sampling import Cuts
 
@@ -39,8 +40,8 @@ def continue_prompts(
     by its first row's seed.
     """
     order = sorted(range(len(prompts)), key=lambda i: (adapter_index[i], len(prompts[i])))
-    out: list[tuple[list[int], list[float]]] = [([], [])] * len(prompts)
-    with _plain_settings(lm.hf):
+    out: list[list[int]] = [[] for _ in prompts]
+    with plain_settings(lm.hf):
         for which, rows in groupby(order, key=lambda i: adapter_index[i]):
             own = list(rows)
             one = lora.select(adapter, [which]) if adapter else None
@@ -49,11 +50,10 @@ def continue_prompts(
                 asked = [list(prompts[i]) for i in part]
                 with lora.using(lm.lora, one):
                     drawn = _call(lm, asked, seeds[part[0]], max_new_tokens, cuts, ends)
-                for i, row in zip(
-                    part, zip(drawn, _logprobs(lm, asked, drawn, one), strict=True), strict=True
-                ):
-                    out[i] = row
-    return out
+                for i, tokens in zip(part, drawn, strict=True):
+                    out[i] = tokens
+    logprobs = row_logprobs(lm, prompts, out, adapter_index, adapter, batch_rows)
+    return list(zip(out, logprobs, strict=True))
 
 
 def _call(
@@ -96,22 +96,45 @@ def _call(
     return out
 
 
-def _logprobs(
+def row_logprobs(
     lm: "LanguageModel",
-    prompts: Sequence[list[int]],
-    drawn: Sequence[list[int]],
-    adapter: lora.Adapter | None,
+    prompts: Sequence[Sequence[int]],
+    drawn: Sequence[Sequence[int]],
+    adapter_index: Sequence[int],
+    adapter: Mapping[str, Tensor] | None,
+    batch_rows: int,
 ) -> list[list[float]]:
-    rows = [
-        batch.Sequence(prompt + tokens, len(prompt)) for prompt, tokens in zip(prompts, drawn, strict=True)
-    ]
-    packed = batch.pack([rows], 0, lm.device)
-    logprob_M = token_logprobs(lm.hf, lm.lora, packed, adapter).float()
-    return [logprob_M[packed.owner_M == i].tolist() for i in range(len(rows))]
+    """Log-probs of what was drawn after each prompt, at temperature 1 without any cut, by our own forward.
+
+    Row i is of adapter adapter_index[i]; about `batch_rows` rows run at a time.
+    """
+    out: list[list[float]] = [[] for _ in prompts]
+    own: dict[int, list[int]] = {}
+    for i, which in enumerate(adapter_index):
+        own.setdefault(which if adapter else 0, []).append(i)
+    # as many tasks side by side as rows allow, each with as many rows as the others
+    most = max(map(len, own.values()), default=1)
+    tasks, rows = max(batch_rows // most, 1), min(most, batch_rows)
+    parts = [(which, part[at : at + rows]) for which, part in own.items() for at in range(0, len(part), rows)]
+    for at in range(0, len(parts), tasks):
+        some = parts[at : at + tasks]
+        packed = batch.pack(
+            [[batch.Sequence([*prompts[i], *drawn[i]], len(prompts[i])) for i in part] for _, part in some],
+            0,
+            lm.device,
+            share=attends_fully(lm.hf),
+        )
+        one = lora.select(adapter, [which for which, _ in some]) if adapter else None
+        logprob_M = token_logprobs(lm.hf, lm.lora, packed, one).float()
+        width = packed.count_TN.shape[1]
+        for t, (_, part) in enumerate(some):
+            for n, i in enumerate(part):
+                out[i] = logprob_M[packed.owner_M == t * width + n].tolist()
+    return out
 
 
 @contextlib.contextmanager
-def _plain_settings(hf: Any) -> Iterator[None]:
+def plain_settings(hf: Any) -> Iterator[None]:
     """Without the settings that came with the model (its end tokens, a temperature, a repetition penalty)."""
     before = hf.generation_config
     try:

@@ -13,7 +13,7 @@ import torch
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mass import checkpoint, chooser, recipe, teacher
+from mass import checkpoint, chooser, recipe, teacher, vllm_engine
 from mass.blocks import Split, split
 from mass.choices import Kit, Teacher
 from mass.choices.guards import fisher_information
@@ -144,6 +144,8 @@ def build_kit(plan: Plan, loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase
     `loaded`: the model and tokenizer where they are in memory already; the model gets LoRA slots.
     """
     r = plan.recipe
+    if r.generate.engine == "vllm":
+        vllm_engine.check_installed()
     pool = _pool(plan)
     m = r.model
     hf, tokenizer = loaded or load(

@@ -115,6 +115,17 @@ def detach(hf: PreTrainedModel, layers: Layers) -> None:
 
 
 @contextlib.contextmanager
+def without(hf: PreTrainedModel, layers: Layers) -> Iterator[None]:
+    """Within the context the model is as it was before `attach`, with the names of its parameters; the slots come back."""
+    detach(hf, layers)
+    try:
+        yield
+    finally:
+        for name, layer in layers.items():
+            setattr(hf.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], layer)
+
+
+@contextlib.contextmanager
 def using(layers: Layers, adapter: Mapping[str, Tensor] | None) -> Iterator[None]:
     """Within the context every forward uses `adapter` (None: the base model alone). Restores what was there before.
 

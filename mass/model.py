@@ -189,7 +189,7 @@ def _read(
     if not local:
         say(f"{path} is no folder here: looking it up on the model hub")
     common: dict[str, Any] = {"trust_remote_code": False, "local_files_only": local}
-    with _quiet(bars=not local):
+    with quiet(bars=not local):
         try:
             config = AutoConfig.from_pretrained(source, **common)
             _check_causal(config, path)
@@ -308,7 +308,7 @@ def _pretrained(
     note = f"pre-training the base model of {path} once (some minutes) in {folder}"
 
     def make(partial: Path) -> None:
-        with _quiet():
+        with quiet():
             pretrain(partial, world.words, world.lesson, world.steps, world.seed, say)
 
     return once(path, folder, note, make)
@@ -323,7 +323,7 @@ def _convert(file: Path, folder: Path, dtype: torch.dtype) -> None:
         )
     from transformers import GgufConfig
 
-    with _quiet():
+    with quiet():
         hf = AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=dtype
         )
@@ -343,7 +343,7 @@ def save(hf: Any, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _quiet(bars: bool = False) -> Iterator[None]:
+def quiet(bars: bool = False) -> Iterator[None]:
     """No advice and no progress bars from transformers meanwhile (`bars`: a download keeps its bar)."""
     verbosity, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

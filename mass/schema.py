@@ -116,8 +116,8 @@ class Generate:
     min_p: float = _key(0.0, "drop tokens less likely than this share of the likeliest; 0 = off", ge=0, lt=1)
     batch_rows: int = _key(128, "sequences generated at once", ge=1)
     answer_tokens: int = _key(128, "longest answer, greedy or rollout, in tokens", ge=1)
-    engine: Literal["ours", "hf"] = _key(
-        "ours", "decode loop: mass's own, or generate of transformers (slow, for comparison)"
+    engine: Literal["ours", "hf", "vllm"] = _key(
+        "ours", "who draws: mass's own loop, generate of transformers (slow, for comparison), or vLLM"
     )
     step: Literal["eager", "cuda_graph", "compile"] = _key(
         "eager", "decode step: as it is, recorded as a CUDA graph, or compiled (minutes at the first text)"

@@ -28,6 +28,7 @@ from mass import (
     report,
     scorer,
     state,
+    vllm_engine,
 )
 from mass.batch import Sequence, pack
 from mass.checkpoint import Run
@@ -246,6 +247,8 @@ def _open(recipe: Recipe, world: World) -> Run:
 
 def _tasks(recipe: Recipe) -> Tasks:
     """Training tasks, held-out tasks, and the few-shot pool, whose verifiers are installed."""
+    if recipe.generate.engine == "vllm":
+        vllm_engine.check_installed()
     found = load_all(recipe)
     require({task.verifier for task in found.train + found.heldout})
     return found
