@@ -322,7 +322,8 @@ def _fake(packed: Packed, mode: FakeTensorMode) -> Packed:
     tensors = {f.name: x for f in fields(packed) if isinstance(x := getattr(packed, f.name), Tensor)}
     # the shallow copies lie on the CPU, wherever the model is
     faked: dict[str, Any] = {name: mode.from_tensor(x.cpu()) for name, x in tensors.items()}
-    return replace(packed, **faked)
+    tiles = packed.tiles and packed.tiles.map(lambda x: mode.from_tensor(x.cpu()))
+    return replace(packed, tiles=tiles, **faked)
 
 
 def _adapter(layers: Layers, rank: int, tasks: int, dtype: torch.dtype) -> Adapter:

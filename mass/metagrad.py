@@ -161,7 +161,7 @@ def blockwise(
         call = enter(parts, packed)
         pair = (call.hidden_BSD, torch.zeros_like(call.hidden_BSD))
         kept: list[tuple[Tensor, Tensor]] = []
-        with second_order():
+        with second_order(packed):
             with torch.set_grad_enabled(keep):
                 for i in range(len(parts.blocks)):
                     if need_hessian and recompute:
