@@ -91,7 +91,7 @@ class Tiled(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        rest = {"dropout_p": dropout_p, "scale": scale, "enable_gqa": enable_gqa}
+        rest: dict[str, Any] = {"dropout_p": dropout_p, "scale": scale, "enable_gqa": enable_gqa}
         square = query.dim() == 4 and query.shape[2] == key.shape[2]
         known = square and (attn_mask is None) == is_causal and dropout_p == 0
         known = known and (attn_mask is None or (attn_mask.dim() == 4 and attn_mask.shape[1] == 1))
@@ -99,15 +99,15 @@ class Tiled(TorchFunctionMode):
             return F.scaled_dot_product_attention(
                 query, key, value, attn_mask=attn_mask, is_causal=is_causal, **rest
             )
+        B, H, S, _ = query.shape
         if enable_gqa and self._written_out:
             key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-        if self._tiles is None or attn_mask is None or self._tiles.back_BS.numel() != query[:, 0, :, 0].numel():
+        if self._tiles is None or attn_mask is None or len(self._tiles.back_BS) != B * S:
             if not self._written_out:
                 return F.scaled_dot_product_attention(
                     query, key, value, attn_mask=attn_mask, is_causal=is_causal, **rest
                 )
             return attend(query, key, value, _additive(attn_mask, query), scale)
-        B, H, S, _ = query.shape
         flat = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
         outs = []
         for (query_LQ, key_LK), mask in zip(self._tiles.groups, self._of(attn_mask, B, query), strict=True):
