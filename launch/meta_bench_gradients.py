@@ -15,7 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from meta_bench_methods import LORA, METHODS, SHAPES, Row, Setup, build, outer_only, unrolled, wait, warm
+from meta_bench_methods import (
+    LORA,
+    METHODS,
+    SHAPES,
+    Row,
+    Setup,
+    build,
+    outer_only,
+    task,
+    unrolled,
+    wait,
+    warm,
+)
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,8 +42,10 @@ PREDICT: dict[str, dict[str, Any]] = {
     "blockwise": {"engine": "blockwise", "checkpoint": True},
     "blockwise_kept": {"engine": "blockwise", "recompute": False},
     "finite_difference": {"engine": "finite_difference"},
-    "finite_difference_one": {"engine": "finite_difference"},
+    "finite_difference_one": {"engine": "finite_difference", "keep_grads": True},
 }
+# Those that keep a whole graph: of one task at a time it is no large one.
+ALONE = ["reverse", "blockwise_kept"]
 ENGINES = ["first_order", "unrolled", "torchopt", "higher", *OURS]
 
 EXAMPLES, REAL_EXAMPLES, REAL_TASKS = 4, 6, 8
@@ -44,6 +58,7 @@ COLUMNS = {
     "K": ("K", "d"),
     "tokens": ("tokens", "d"),
     "tasks": ("tasks", "d"),
+    "at_once": ("at once", "d"),
     "seconds": ("seconds", ".2f"),
     "time_ratio": ("/ first order", ".2f"),
     "sweep_ratio": ("sweep / first order", ".2f"),
@@ -67,7 +82,8 @@ NOTES = [
     f"rel. error: |dL/dw - truth| / |truth|, truth = float64 unrolling of the same case with {ERROR_LAYERS} layers, "
     f"{ERROR_TOKENS} tokens, up to {ERROR_TASKS} tasks; in fp64: the engine in float64 against it (Hugging Face's norms round to fp32).",
     "torchopt and higher take the tasks one by one (they have no task axis), on plain LoRA modules of the same shape.",
-    f"case real: {REAL_TASKS} tasks x {REAL_EXAMPLES} ragged examples with masked prompts; ours packs them in one batch on a bf16 base.",
+    f"case real: {REAL_TASKS} tasks x {REAL_EXAMPLES} ragged examples with masked prompts; ours packs them in one batch on a bf16 base, "
+    "or (at once: 1) takes them one after another.",
 ]
 
 
@@ -106,16 +122,21 @@ def cases(args: argparse.Namespace) -> list[Row]:
         for e in ENGINES
     ]
     real = {"case": "real", "examples": REAL_EXAMPLES, "K": 2, "tokens": 128, "tasks": REAL_TASKS} | common
-    return rows + [
-        real | {"engine": e, "dtype": d}
-        for e, d in [("torchopt", "fp32"), *((e, "bf16") for e in OURS if e != "finite_difference_one")]
+    together = [e for e in OURS if e != "finite_difference_one"]
+    return [
+        *rows,
+        real | {"engine": "torchopt", "dtype": "fp32", "at_once": 1},
+        *(real | {"engine": e, "dtype": "bf16", "at_once": REAL_TASKS} for e in together),
+        *(real | {"engine": e, "dtype": "bf16", "at_once": 1} for e in ALONE),
     ]
 
 
 def name(case: Row) -> str:
-    """What --cases picks by: engine/K2/tokens128/tasks1, with real/ in front of the real batch's."""
+    """What --cases picks by: engine/K2/tokens128/tasks1, with real/ in front of the real batch's, and one_by_one behind those of
+    ours that take its tasks one after another."""
     front = "real/" if case["case"] == "real" else ""
-    return f"{front}{case['engine']}/K{case['K']}/tokens{case['tokens']}/tasks{case['tasks']}"
+    back = "/one_by_one" if case["engine"] in OURS and case.get("at_once") == 1 else ""
+    return f"{front}{case['engine']}/K{case['K']}/tokens{case['tokens']}/tasks{case['tasks']}{back}"
 
 
 def finish(rows: list[Row]) -> list[Row]:
@@ -190,8 +211,18 @@ def memory(case: Row) -> Row:
     row: Row = {"peak_gb": peak_since(case["device"], before) / 1e9}
     if case["engine"] in PREDICT:
         steps, init, how = setup.K, setup.init, PREDICT[case["engine"]]
+        if setup.alone:
+            each = [task(setup, t) for t in range(len(setup.each))]
+            setup = max(each, key=lambda x: x.inner.tokens_TPS.numel())
         peak = predict(
-            setup.hf, setup.parts, LORA, setup.inner, setup.outer, steps=steps, need_init=init, **how
+            setup.hf,
+            setup.parts,
+            LORA,
+            setup.inner,
+            setup.outer,
+            steps=steps,
+            need_init=init,
+            **({"keep_grads": False} | how),
         )
         row["predicted_gb"] = peak.total / 1e9
     return row

@@ -50,7 +50,8 @@ LR = 0.1
 
 @dataclass(frozen=True)
 class Setup:
-    """One model and one batch. `each` holds every task as a batch of its own, for the peers."""
+    """One model and one batch. `each` holds every task as a batch of its own, for the peers, and for ours when it takes one
+    task after another (`alone`)."""
 
     hf: PreTrainedModel
     layers: Layers
@@ -64,6 +65,7 @@ class Setup:
     lr: dict[str, Tensor]
     K: int
     init: bool
+    alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,7 @@ def build(case: Row) -> Setup:
         lr=lr,
         K=case["K"],
         init=case["init"],
+        alone=case.get("at_once") == 1,
     )
 
 
@@ -141,7 +144,7 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def _inner(setup: Setup, parts: Split | None, products: Products) -> Trajectory:
+def _inner(setup: Setup, parts: Split | None, products: Products, keep_grads: bool) -> Trajectory:
     n = setup.weight_TN.shape[1]
 
     def gradient(adapter: Adapter) -> tuple[Tensor, Adapter]:
@@ -152,7 +155,16 @@ def _inner(setup: Setup, parts: Split | None, products: Products) -> Trajectory:
         return example_loss(setup.inner, logprob_M), grad
 
     last = products.record if isinstance(products, metagrad.Reverse) else None
-    return adapt(gradient, setup.start, setup.rule, setup.lr, setup.K, last=last, count=metagrad.RECORDED)
+    return adapt(
+        gradient,
+        setup.start,
+        setup.rule,
+        setup.lr,
+        setup.K,
+        last=last,
+        count=metagrad.RECORDED,
+        keep_grads=keep_grads,
+    )
 
 
 def _outer(setup: Setup, adapter: Adapter, parts: Split | None) -> Adapter:
@@ -162,13 +174,24 @@ def _outer(setup: Setup, adapter: Adapter, parts: Split | None) -> Adapter:
     return loss_and_grad(setup.hf, setup.layers, setup.outer, adapter, loss, parts=parts)[2]
 
 
-def _ours(make: Callable[[Setup], Products], blocks: bool) -> Callable[[Setup], Answer]:
-    def method(setup: Setup) -> Answer:
+def _ours(
+    make: Callable[[Setup], Products], blocks: bool, keep_grads: bool = False
+) -> Callable[[Setup], Answer]:
+    def one_by_one(setup: Setup) -> Answer:
+        found = [at_once(task(setup, t)) for t in range(len(setup.each))]
+        inits = [x.init for x in found if x.init is not None]
+        return Answer(
+            torch.cat([x.weight_TN for x in found]),
+            {key: torch.cat([x[key] for x in inits]) for key in setup.start} if inits else None,
+            {stage: sum(x.seconds[stage] for x in found) for stage in found[0].seconds},
+        )
+
+    def at_once(setup: Setup) -> Answer:
         parts = setup.parts if blocks else None
         device = str(setup.weight_TN.device)
         marks = [time.perf_counter()]
         products = make(setup)
-        trajectory = _inner(setup, parts, products)
+        trajectory = _inner(setup, parts, products, keep_grads)
         wait(device)
         marks.append(time.perf_counter())
         outer_grad = _outer(setup, trajectory.adapter, parts)
@@ -180,7 +203,16 @@ def _ours(make: Callable[[Setup], Products], blocks: bool) -> Callable[[Setup], 
         spans = [b - a for a, b in zip(marks, marks[1:], strict=False)]
         return Answer(found.weight_TN, found.init, dict(zip(("inner", "outer", "sweep"), spans, strict=True)))
 
-    return method
+    return lambda setup: one_by_one(setup) if setup.alone else at_once(setup)
+
+
+def task(setup: Setup, t: int) -> Setup:
+    """Task t of the batch as a batch of its own."""
+    inner, outer = setup.each[t]
+    weight_TN, start = setup.weight_TN[t : t + 1], lora.select(setup.start, [t])
+    return replace(
+        setup, inner=inner, outer=outer, each=[(inner, outer)], weight_TN=weight_TN, start=start, alone=False
+    )
 
 
 def first_order(setup: Setup) -> Answer:
@@ -349,5 +381,6 @@ METHODS: dict[str, Callable[[Setup], Answer]] = {
     "finite_difference_one": _ours(
         lambda s: metagrad.finite_difference(s.hf, s.layers, s.inner, s.weight_TN, central=False),
         blocks=False,
+        keep_grads=True,
     ),
 }

@@ -13,6 +13,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from mass import attention
+from mass.attention import Tiles
+
 
 @dataclass(frozen=True)
 class Sequence:
@@ -37,6 +40,7 @@ class Packed:
     length_TN  int64 on the CPU, tokens of each example's whole sequence (0: absent)
     padding    share of the T*P*S tokens that are padding
     mask_B1SS  bool, True where a query (third axis) may look at a key; None: the position ids say it all
+    tiles      where its sequences lie, for attention that leaves out the rest of their rows; None: nothing to leave out
     """
 
     tokens_TPS: Tensor
@@ -49,6 +53,7 @@ class Packed:
     length_TN: Tensor
     padding: float
     mask_B1SS: Tensor | None = None
+    tiles: Tiles | None = None
 
     @property
     def tokens_BS(self) -> Tensor:
@@ -119,6 +124,7 @@ def pack(
     count = torch.zeros(len(tasks), most, dtype=torch.long)
     whole = torch.zeros(len(tasks), most, dtype=torch.long)
     columns: list[list[Tensor]] = [[], [], [], []]
+    spans: list[tuple[int, int, int, int]] = []
     filled_tokens = 0
     for t, task in enumerate(present):
         filled = [0] * height
@@ -129,12 +135,14 @@ def pack(
                 tokens[t, p, :head] = row_tokens[:head]
                 positions[t, p, :head] = torch.arange(head)
                 segment[t, p, :head] = -1
+                spans.append((t * height + p, 0, head, 0))
                 filled[p] = head
             start = filled[p]
             end = start + length - head
             tokens[t, p, start:end] = row_tokens[head:]
             positions[t, p, start:end] = torch.arange(head, length)
             segment[t, p, start:end] = n + 1
+            spans.append((t * height + p, start, end, head))
             filled[p] = end
             # Where token j of the sequence lies in the T*P*S hidden states.
             at = torch.cat([torch.arange(head), torch.arange(start, end)]) + (t * height + p) * width
@@ -150,6 +158,7 @@ def pack(
         torch.cat(c).to(device) if c else count.new_zeros(0).to(device) for c in columns
     )
     mask = _mask(segment.flatten(0, 1)).to(device) if any(prefix) else None
+    cut = attention.tiles(spans, len(tasks) * height, width)
     padding = 1 - filled_tokens / max(1, tokens.numel())
     return Packed(
         tokens.to(device),
@@ -162,6 +171,7 @@ def pack(
         whole,
         padding,
         mask,
+        cut and cut.map(lambda x: x.to(device)),
     )
 
 

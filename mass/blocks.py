@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from mass import batch, frozen
+from mass.attention import Tiled
 from mass.batch import Packed
 from mass.errors import MassError
 from mass.lora import Adapter, Layers, using
@@ -132,16 +133,23 @@ def of_block(parts: Split, i: int, adapter: Mapping[str, Tensor]) -> Adapter:
     return {key: tensor for key, tensor in adapter.items() if key.startswith(parts.prefix[i])}
 
 
+def tiled(packed: Packed) -> Tiled:
+    """A context in which attention over this batch leaves out what no sequence sees, by the usual kernels."""
+    return Tiled(packed.tiles, written_out=False)
+
+
 @contextlib.contextmanager
-def second_order() -> Iterator[None]:
-    """Only operations whose second derivative and forward mode exist and are right.
+def second_order(packed: Packed | None = None) -> Iterator[None]:
+    """Only operations whose second derivative and forward mode exist and are right; attention over `packed` in tiles.
 
     Flash and memory-efficient attention, and the CPU's kernel, have neither. LayerNorm has both, but in torch 2.13 the
     gradient of its tangent takes the saved mean and deviation for constants; written out, it is right. A linear layer's
     tangent would multiply by its weight's, which is zero (`mass.frozen`). Needed around inner losses only; generation
     and outer losses keep the fast kernels.
     """
-    with sdpa_kernel(SDPBackend.MATH), _WrittenOut():
+    tiles = packed.tiles if packed is not None else None
+    # torch's own written-out kernel is for calls of attention that `Tiled` does not know
+    with sdpa_kernel(SDPBackend.MATH), _WrittenOut(), Tiled(tiles, written_out=True):
         yield
 
 

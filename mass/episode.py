@@ -117,6 +117,7 @@ def run(
             parts=setting.parts if setting.checkpoint else None,
             last=products.record if isinstance(products, metagrad.Reverse) else None,
             count=metagrad.RECORDED,
+            keep_grads=recipe.inner.learned_lr != "no" or recipe.meta_gradient.one_sided,
         )
 
     with clock("outer"):

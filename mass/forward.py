@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mass.batch import Packed
-from mass.blocks import Split, enter, model_inputs, of_block, run_block
+from mass.blocks import Split, enter, model_inputs, of_block, run_block, tiled
 from mass.blocks import second_order as second_order_ops
 from mass.errors import MassError
 from mass.lora import Adapter, Layers, using
@@ -68,12 +68,8 @@ def token_logprobs(
     second_order: bool = False,
 ) -> Tensor:
     """log p(target token), [M], differentiable in the adapter. `second_order`: twice, with every activation kept."""
-    with using(layers, adapter):
-        if second_order:
-            with second_order_ops():
-                hidden_BSD = _body(hf, packed)
-        else:
-            hidden_BSD = _body(hf, packed)
+    with using(layers, adapter), second_order_ops(packed) if second_order else tiled(packed):
+        hidden_BSD = _body(hf, packed)
     hidden_MD = hidden_BSD.flatten(0, 1)[packed.place_M]
     if second_order:
         return pick(logits(hf, hidden_MD), packed.label_M)
@@ -84,7 +80,7 @@ def logprobs_and_entropies(
     hf: PreTrainedModel, layers: Layers, packed: Packed, adapter: Adapter | None
 ) -> tuple[Tensor, Tensor]:
     """log p(target token) and the entropy in nats of the distribution it comes from, [M] each, once differentiable."""
-    with using(layers, adapter):
+    with using(layers, adapter), tiled(packed):
         hidden_MD = _body(hf, packed).flatten(0, 1)[packed.place_M]
     return _HeadLogprob.apply(hidden_MD, packed.label_M, hf), _HeadEntropy.apply(hidden_MD, hf)
 
@@ -201,10 +197,12 @@ def _blockwise(
     adapter = {key: tensor.detach() for key, tensor in adapter.items()}
     kept = []
     hidden = call.hidden_BSD
+    tile = tiled(packed)
     with torch.no_grad():
         for i in range(len(parts.blocks)):
             kept.append(hidden)
-            hidden = run_block(parts, call, i, hidden, of_block(parts, i, adapter))
+            with tile:
+                hidden = run_block(parts, call, i, hidden, of_block(parts, i, adapter))
     with torch.enable_grad():
         last = hidden.requires_grad_()
         rows_MD = parts.norm(last).flatten(0, 1)[packed.place_M]
@@ -220,7 +218,8 @@ def _blockwise(
         inputs = {key: tensor.requires_grad_() for key, tensor in of_block(parts, i, adapter).items()}
         with torch.enable_grad():
             hidden = kept.pop().detach().requires_grad_(i > 0)
-            out = run_block(parts, call, i, hidden, inputs)
+            with tile:
+                out = run_block(parts, call, i, hidden, inputs)
             wanted = [*inputs.values(), *([hidden] if i > 0 else [])]
             got = (
                 torch.autograd.grad(out, wanted, back, allow_unused=True, materialize_grads=True)

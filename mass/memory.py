@@ -158,13 +158,14 @@ def predict(
     checkpoint: bool = False,
     rule: Rule | None = None,
     need_init: bool = False,
+    keep_grads: bool = True,
     seen: dict[bool, list[int]] | None = None,
 ) -> Peak:
     """Peak bytes over the weights of K inner steps, the outer gradient and the way back.
 
     `inner` and `outer` are batches of the largest shapes to expect (their numbers do not matter). `recompute` is
     blockwise's; `checkpoint` says that first-order passes recompute block by block. `need_init`: dL/dphi_0 is wanted.
-    `seen`: a dict that calls on the same model and batches share, for what engines have in common (first-order passes).
+    `keep_grads`: `inner.adapt`'s; where it is False and the rule may clip, it is taken that it does. `seen`: a dict that calls on the same model and batches share, for what engines have in common (first-order passes).
     """
     rule = rule or Rule()
     need_hessian = need_init or steps > 1
@@ -204,7 +205,9 @@ def predict(
     # the outer gradient, and on the way back lam, mu and the cotangent of the state.
     states = len(optimizers.init(rule, {"x": torch.zeros(1, 1, 1)}))
     # The gradients of recorded steps are counted with their graphs.
-    kept = one * (steps * (2 + states) + 1 - recorded)
+    spared = not keep_grads and optimizers.is_plain(rule) and rule.clip is None
+    grads = 0 if spared else steps - recorded
+    kept = one * (steps * (1 + states) + grads + 1)
     return Peak(_line(first_order, deep), _line(sweep, deep) + one * (3 + states), kept)
 
 
@@ -263,6 +266,7 @@ def choose(
     checkpoint: bool = False,
     rule: Rule | None = None,
     need_init: bool = False,
+    keep_grads: bool = True,
 ) -> Choice:
     """The fastest exact engine that fits into `memory_gb` (default: what the device has free, shared by `ranks`) beside
     `gathered` bytes of a sharded base.
@@ -281,7 +285,7 @@ def choose(
         again = parts is not None and (checkpoint or own_checkpoint)
         peak = predict(
             hf, parts, shape, inner, outer, engine=engine, steps=steps, recompute=recompute, checkpoint=again, rule=rule,
-            need_init=need_init, seen=seen,
+            need_init=need_init, keep_grads=keep_grads, seen=seen,
         )  # fmt: skip
         words = engine + {("blockwise", False): " without recomputation"}.get((engine, recompute), "")
         words += " with recomputed first-order passes" if again else ""
@@ -341,7 +345,8 @@ def _fake(packed: Packed, mode: FakeTensorMode) -> Packed:
     tensors = {f.name: x for f in fields(packed) if isinstance(x := getattr(packed, f.name), Tensor)}
     # the shallow copies lie on the CPU, wherever the model is
     faked: dict[str, Any] = {name: mode.from_tensor(x.cpu()) for name, x in tensors.items()}
-    return replace(packed, **faked)
+    tiles = packed.tiles and packed.tiles.map(lambda x: mode.from_tensor(x.cpu()))
+    return replace(packed, tiles=tiles, **faked)
 
 
 def _adapter(layers: Layers, rank: int, tasks: int, dtype: torch.dtype) -> Adapter:

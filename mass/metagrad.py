@@ -18,7 +18,7 @@ Losses, weights and cotangents of the T tasks never mix, so T tasks cost one swe
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -65,19 +65,33 @@ def sweep(
         raise ValueError(
             "need_init with truncation: the initial adapter lies before the steps that are differentiated"
         )
+    if need_lr and any(step.grad is None for step in steps[first:]):
+        raise ValueError("need_lr wants the gradients of the inner steps: inner.adapt(keep_grads=True)")
     lam: Tensors = dict(outer_grad)
     nu = {key: torch.zeros_like(x) for key, x in optimizers.init(trajectory.rule, lam).items()}
     weight_TN: Tensor | None = None
     lr = {key: torch.zeros_like(x) for key, x in trajectory.lr.items()}
     for k in reversed(range(first, len(steps))):
         step = steps[k]
+        rule, taken = trajectory.rule, step.grad
+        if taken is None:
+            # not kept, so it was not clipped and any other does
+            rule, taken = (
+                replace(rule, clip=None),
+                {key: x.new_zeros(()).expand_as(x) for key, x in lam.items()},
+            )
 
         def one(
-            grad: Tensors, state: Tensors, adapter: Tensors, lr: Tensors, k: int = k
+            grad: Tensors,
+            state: Tensors,
+            adapter: Tensors,
+            lr: Tensors,
+            k: int = k,
+            rule: optimizers.Rule = rule,
         ) -> tuple[Tensors, Tensors]:
-            return optimizers.update(trajectory.rule, k, grad, state, adapter, lr)
+            return optimizers.update(rule, k, grad, state, adapter, lr)
 
-        _, pull, *_ = torch.func.vjp(one, step.grad, step.state, step.adapter, trajectory.lr)
+        _, pull, *_ = torch.func.vjp(one, taken, step.state, step.adapter, trajectory.lr)
         mu, nu, lam, lr_k = pull((lam, nu))
         lr = {key: lr[key] + lr_k[key] for key in lr}
         c_TN, curve = products(step, mu, need_init or k > first)
@@ -161,7 +175,7 @@ def blockwise(
         call = enter(parts, packed)
         pair = (call.hidden_BSD, torch.zeros_like(call.hidden_BSD))
         kept: list[tuple[Tensor, Tensor]] = []
-        with second_order():
+        with second_order(packed):
             with torch.set_grad_enabled(keep):
                 for i in range(len(parts.blocks)):
                     if need_hessian and recompute:
@@ -249,8 +263,12 @@ def finite_difference(
             _, logprob_M, grad = loss_and_grad(hf, layers, packed, place, loss, parts=parts)
             return example_loss(packed, logprob_M), grad
 
+        if not central and need_hessian and step.grad is None:
+            raise ValueError(
+                "one-sided differences want the gradients of the inner steps: inner.adapt(keep_grads=True)"
+            )
         loss_up, grad_up = shifted(+1)
-        loss_down, grad_down = shifted(-1) if central else (step.loss_TN, step.grad)
+        loss_down, grad_down = shifted(-1) if central else (step.loss_TN, step.grad or {})
         width_T = torch.where(eps_T > 0, (2 if central else 1) * eps_T, 1.0)
         c_TN = (loss_up - loss_down) / width_T.unsqueeze(1)
         if not need_hessian:

@@ -63,8 +63,25 @@ def clip(grad: Tensors, limit: float | None) -> Tensors:
     """Scale each task's gradient to norm `limit` at most, as `torch.nn.utils.clip_grad_norm_` does for one task."""
     if limit is None:
         return grad
-    scale_T = (limit / (norm(grad) + 1e-6)).clamp(max=1.0)
+    scale_T = _scale(grad, limit).clamp(max=1.0)
     return {key: g * scale_T.view(-1, *[1] * (g.dim() - 1)) for key, g in grad.items()}
+
+
+def cut(rule: Rule, grad: Tensors) -> Tensor:
+    """True [T] where the rule clips that task's gradient (or stands where it begins to)."""
+    if rule.clip is None:
+        some = next(iter(grad.values()))
+        return torch.zeros(len(some), dtype=torch.bool, device=some.device)
+    return _scale(grad, rule.clip) <= 1
+
+
+def _scale(grad: Mapping[str, Tensor], limit: float) -> Tensor:
+    return limit / (norm(grad) + 1e-6)
+
+
+def is_plain(rule: Rule) -> bool:
+    """True for SGD without momentum: where nothing is clipped, a step's derivative is the same at any gradient."""
+    return rule.kind == "sgd" and not rule.momentum
 
 
 def norm(tensors: Mapping[str, Tensor]) -> Tensor:

@@ -109,7 +109,7 @@ def make(recipe: Recipe, ranks: int, engines: Collection[str] = tuple(ENGINES)) 
         if key not in same:
             same[key] = memory.predict(
                 hf, parts, shape, inner, last, engine=engine, steps=i.steps, recompute=recompute, checkpoint=key[2],
-                rule=rule, need_init=r.outer.through_init, seen=seen,
+                rule=rule, need_init=r.outer.through_init, keep_grads=i.learned_lr != "no", seen=seen,
             )  # fmt: skip
         peaks[name] = same[key]
     rows = min(r.generate.batch_rows, T * max(N, G))

@@ -210,11 +210,12 @@ def fine_tune(
     count: int = 0,
     pull: Callable[[Adapter], Adapter] | None = None,
     settle: inner.Settle | None = None,
+    keep_grads: bool = True,
 ) -> Tuned:
     """K weighted fine-tuning steps of T adapters on their examples. `parts`: recompute activations block by block.
 
     max_growth: see `inner.exploded`; None spares the forward pass that tells, and a task has exploded where its adapter is
-    not finite. `last`, `count`: as in `inner.adapt`. Test time alone: `pull` is added to the gradient at an adapter, `settle` follows
+    not finite. `last`, `count`, `keep_grads`: as in `inner.adapt`. Test time alone: `pull` is added to the gradient at an adapter, `settle` follows
     each step (`inner.adapt`).
     """
     n = weight_TN.shape[1]
@@ -236,7 +237,9 @@ def fine_tune(
             grad = {key: g + more[key] for key, g in grad.items()}
         return example_loss(packed, logprob_M), grad
 
-    trajectory = inner.adapt(gradient, start, rule, lr, steps, last=last, count=count, settle=settle)
+    trajectory = inner.adapt(
+        gradient, start, rule, lr, steps, last=last, count=count, settle=settle, keep_grads=keep_grads
+    )
     before_T = (weight_TN * trajectory.steps[0].loss_TN).sum(1) / n
     if max_growth is None:
         finite = [x.flatten(1).isfinite().all(1) for x in trajectory.adapter.values()]

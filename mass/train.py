@@ -343,6 +343,7 @@ def _choose(
             checkpoint=r.inner.checkpoint,
             rule=rule,
             need_init=r.outer.through_init,
+            keep_grads=r.inner.learned_lr != "no",
         )
     if world.size > 1:
         dist.broadcast_object_list(chosen)
