@@ -16,46 +16,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mass import (
-    accumulate,
-    blocks,
-    checkpoint,
-    distributed,
-    engine,
-    lora,
-    memory,
-    plan,
-    report,
-    scorer,
-    state,
-    vllm_engine,
-)
-from mass.batch import Sequence, pack
+from mass import accumulate, checkpoint, distributed, lora, plan, report, state
 from mass.checkpoint import Run
 from mass.distributed import World
-from mass.engine import Outer
 from mass.errors import MassError
-from mass.forward import check_model
 from mass.heldout import evaluate
 from mass.log import RunLog
-from mass.model import LanguageModel, load
-from mass.optimizers import Rule
+from mass.prepare import deepspeed_config, make_outer, make_setting, tasks_of
 from mass.probe import probe
-from mass.problems import Task
-from mass.prompts import Prompts, make_prompts
 from mass.recipe import Recipe, command_line, dump
-from mass.rewards import Verifier, require
-from mass.setting import Setting, rate_name
 from mass.setting import kit as test_time_kit
-from mass.shards import Shards
-from mass.sources import Tasks, load_all
 from mass.splits import Cursor
 from mass.watchdog import Watchdog, watching
 
 # these are left out where no rank has a value: most problems have no truth to hold an example against
 KNOWN = ("scorer/auc", "credit/auc", "generator/right")
-# what a run without an inner loop has in the place of a meta-gradient engine
-NO_ENGINE = "none"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -90,13 +65,13 @@ def train(recipe: Recipe) -> None:
 def _train(recipe: Recipe, world: World, watch: Watchdog) -> None:
     deepspeed_config(recipe, world)  # its errors come before the model is loaded
     run = _open(recipe, world)
-    train_tasks, heldout, pool = _tasks(recipe)
+    train_tasks, heldout, pool = tasks_of(recipe)
     saved_engine = checkpoint.read_meta(run.start)["extra"]["engine"] if run.start else None
-    setting, fingerprint = _setting(recipe, world, pool, saved_engine)
+    setting, fingerprint = make_setting(recipe, world, pool, saved_engine)
     policy_shape = setting.lm.shape
     assert policy_shape is not None
     cursor = Cursor(train_tasks, recipe.run.seed)
-    outer = _outer(recipe, setting, world)
+    outer = make_outer(recipe, setting, world)
     first = 0
     skipped = 0
     if run.start is not None:
@@ -215,8 +190,8 @@ def look(recipe: Recipe, tasks: int) -> None:
         raise MassError(
             f"--probe runs in one process, and there are {world.size}. Type mass-train RECIPE --probe"
         )
-    train_tasks, _, pool = _tasks(recipe)
-    setting, _ = _setting(recipe, world, pool, None)
+    train_tasks, _, pool = tasks_of(recipe)
+    setting, _ = make_setting(recipe, world, pool, None)
     policy = lora.fresh(setting.lm.lora, recipe.lora.rank, torch.Generator().manual_seed(recipe.run.seed))
     eta = {key: p.detach() for key, p in setting.head.named_parameters()}
     chosen = Cursor(train_tasks, recipe.run.seed).next(tasks)
@@ -243,135 +218,6 @@ def _open(recipe: Recipe, world: World) -> Run:
     if isinstance(found[0], MassError):
         raise found[0]
     return found[0]
-
-
-def _tasks(recipe: Recipe) -> Tasks:
-    """Training tasks, held-out tasks, and the few-shot pool, whose verifiers are installed."""
-    if recipe.generate.engine == "vllm":
-        vllm_engine.check_installed()
-    found = load_all(recipe)
-    require({task.verifier for task in found.train + found.heldout})
-    return found
-
-
-def _setting(recipe: Recipe, world: World, pool: list[Task], saved: list[Any] | None) -> tuple[Setting, str]:
-    """Load the model and put together what stays the same over all steps; and the base model's fingerprint."""
-    m, i, z = recipe.model, recipe.inner, recipe.zero
-    shards = None
-    if plan.base_is_sharded(recipe, world.size):
-        shards = Shards(
-            world.device, hold=z.hold_base, prefetch=z.prefetch, in_main_memory=z.offload == "all"
-        )
-    hf, tokenizer = load(
-        m.path,
-        dtype=m.dtype,
-        device=world.device,
-        cache=m.cache,
-        attention=m.attention,
-        world=recipe.problems.world,
-        shards=shards,
-    )
-    fingerprint = checkpoint.fingerprint(shards.named_parameters(hf) if shards else hf.named_parameters())
-    check_model(hf)
-    shape = lora.LoraShape(recipe.lora.rank, recipe.lora.alpha, tuple(recipe.lora.targets))
-    lm = LanguageModel(hf, tokenizer, lora.attach(hf, shape), shape, m.path, shards)
-    parts, mode = _engine(recipe, lm)
-    lm.settle()
-    head = scorer.Scorer(
-        hf.config.get_text_config().hidden_size, len(recipe.scorer.layers), recipe.scorer.hidden
-    )
-    prompts = make_prompts(
-        tokenizer, recipe.prompt.style, recipe.prompt.solve_instruction, recipe.prompt.generate_instruction
-    )
-    rule = Rule(i.optimizer, i.momentum, i.beta1, i.beta2, i.eps, i.eps_root, i.clip)
-    engine, recompute, again, why = _choose(recipe, lm, parts, mode, prompts, pool, rule, world, saved)
-    verifier, head = Verifier(), head.to(world.device)
-    return Setting(
-        recipe, lm, parts, engine, recompute, again, why, prompts, pool, verifier, rule, head
-    ), fingerprint
-
-
-def _engine(recipe: Recipe, lm: LanguageModel) -> tuple[blocks.Split | None, str]:
-    mode = recipe.meta_gradient.mode
-    try:
-        parts = blocks.split(lm.hf, lm.lora)
-    except MassError as error:
-        if recipe.inner.checkpoint:
-            raise MassError(f"{error} inner.checkpoint=true needs the blocks too: set it to false.") from None
-        if mode == "blockwise":
-            raise
-        return None, mode
-    return parts, mode
-
-
-def _choose(
-    recipe: Recipe,
-    lm: LanguageModel,
-    parts: blocks.Split | None,
-    mode: str,
-    prompts: Prompts,
-    pool: list[Task],
-    rule: Rule,
-    world: World,
-    saved: list[Any] | None,
-) -> tuple[str, bool, bool, str]:
-    """(engine, recompute, first-order passes block by block, why). `auto` plans for the longest examples that may come; a resumed run keeps its choice."""
-    if recipe.inner.steps == 0:
-        return NO_ENGINE, True, recipe.inner.checkpoint, "nothing is second-order without an inner loop"
-    if mode != "auto":
-        return mode, True, recipe.inner.checkpoint, "as the recipe says"
-    if saved is not None and saved[0] != NO_ENGINE:
-        return saved[0], saved[1], saved[2], "as the run began"
-    r, pad = recipe, lm.tokenizer.pad_token_id
-    asked = max((len(prompts.solve(task.problem.text)) for task in pool), default=64)
-    example = Sequence([pad] * (asked + r.generate.max_new_tokens), asked)
-    answer = Sequence([pad] * (asked + r.generate.answer_tokens), asked)
-    T = min(r.outer.tasks, r.outer.tasks_at_once or r.outer.tasks)
-    rollouts = r.outer.rollouts if r.outer.loss == "verifier" else 1
-    chosen: list[Any] = [None]
-    if world.main:
-        chosen[0] = memory.choose(
-            lm.hf,
-            parts,
-            lora.LoraShape(r.lora.rank, r.lora.alpha, tuple(r.lora.targets)),
-            pack([[example] * r.generate.examples] * T, pad),
-            pack([[answer] * rollouts] * T, pad, share=blocks.attends_fully(lm.hf)),
-            steps=r.inner.steps,
-            memory_gb=r.meta_gradient.memory_gb,
-            ranks=world.size if world.device.type == "cpu" else 1,
-            gathered=lm.shards.working_bytes if lm.shards else 0,
-            checkpoint=r.inner.checkpoint,
-            rule=rule,
-            need_init=r.outer.through_init,
-            keep_grads=r.inner.learned_lr != "no",
-        )
-    if world.size > 1:
-        dist.broadcast_object_list(chosen)
-    choice = chosen[0]
-    return choice.engine, choice.recompute, choice.checkpoint, choice.reason
-
-
-def _outer(recipe: Recipe, setting: Setting, world: World) -> Outer:
-    """The DeepSpeed engine over a fresh policy adapter, the scorer head and the learned inner rates."""
-    generator = torch.Generator().manual_seed(recipe.run.seed)
-    policy = lora.fresh(setting.lm.lora, recipe.lora.rank, generator)
-    names = {rate_name(setting, key) for key in policy} if recipe.inner.learned_lr != "no" else set()
-    groups: dict[str, dict[str, Tensor]] = {
-        "policy": policy,
-        "scorer": {key: p.detach() for key, p in setting.head.named_parameters()},
-        "inner_lr": {name: torch.tensor([math.log(recipe.inner.lr)]) for name in sorted(names)},
-    }
-    o = recipe.outer
-    lr = {"policy": o.lr_policy, "scorer": o.lr_scorer, "inner_lr": o.lr_inner}
-    config = deepspeed_config(recipe, world)
-    return Outer(groups, lr, config, warmup=o.warmup, device=world.device)
-
-
-def deepspeed_config(recipe: Recipe, world: World) -> dict[str, Any]:
-    """What DeepSpeed is told: the recipe's settings, and around them the user's own file (zero.config)."""
-    z = recipe.zero
-    ours = engine.settings(z.stage, recipe.outer.clip_grad, z.offload != "no")
-    return engine.merge(z.config, ours, world.size) if z.config else ours
 
 
 def _reduce(metrics: Mapping[str, float], counts: Mapping[str, int]) -> dict[str, float]:

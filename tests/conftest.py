@@ -18,7 +18,7 @@ from tiny import tiny, tiny_kit, tiny_lm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from writers import build
 
-from mass import choices, methods
+from mass import choices, method
 from mass.choices import Kit
 from mass.generate import Rollout
 from mass.model import LanguageModel
@@ -108,7 +108,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> None:
         choices.kit,
         choices.weights,
         choices.signals,
-        methods,
+        method,
     ):
         monkeypatch.setattr(module, "find_answer", stated)
 

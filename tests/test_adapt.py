@@ -18,7 +18,8 @@ from folders import make_tiny_run
 from mass import command as command_module
 from mass.command import main
 from mass.kit import plan
-from mass.methods import METHODS, Made, Seconds, StepLoss, Tokens
+from mass.methods import METHODS
+from mass.records import Made, Seconds, StepLoss, Tokens
 
 FIELDS = {
     "position": int, "key": str,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny import tiny_kit
 
-from mass import choices, chooser, fit, methods
+from mass import choices, chooser, fit, method
 from mass.choices import Kit
 from mass.choices.signals import signals
 from mass.chooser import Chooser
@@ -89,7 +89,7 @@ def test_signals(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_auto_answers_as_the_method_it_chose_and_says_why(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (choices.answers, choices.examples, choices.kit, choices.weights, choices.signals, methods):
+    for module in (choices.answers, choices.examples, choices.kit, choices.weights, choices.signals, method):
         monkeypatch.setattr(module, "find_answer", lambda text, **_: text[:1] or None)
     problems = [Problem("a", "What is 4 + 3?"), Problem("b", "2, 4, 6, ?"), Problem("long", "word " * 3000)]
     with pytest.raises(MassError, match="method auto is not fitted here: mass-adapt fit"):

@@ -11,7 +11,7 @@ from scipy.stats import spearmanr
 from tiny import ExactRMSNorm
 from torch import Tensor
 
-from mass import credit, episode, lora, scorer, train
+from mass import credit, episode, lora, prepare, scorer
 from mass.credit import After
 from mass.distributed import World
 from mass.forward import example_loss, loss_and_grad
@@ -45,8 +45,8 @@ def made() -> Made:
         "inner.lr=1",
     ]
     recipe = load(ROOT / "recipes/families.yaml", overrides)
-    tasks, _, pool = train._tasks(recipe)
-    setting, _ = train._setting(recipe, World(0, 1, torch.device("cpu")), pool, None)
+    tasks, _, pool = prepare.tasks_of(recipe)
+    setting, _ = prepare.make_setting(recipe, World(0, 1, torch.device("cpu")), pool, None)
     hf = setting.lm.hf.double()
     for name, module in list(hf.named_modules()):
         if type(module).__name__.endswith("RMSNorm"):

@@ -21,9 +21,9 @@ from mass.choices.kit import sample
 from mass.errors import MassError
 from mass.filerun import adapt_problems
 from mass.kit import build_kit, plan
-from mass.methods import Made, Record
 from mass.model import load
 from mass.problems import content_key
+from mass.records import Made, Record
 from mass.rewards import Verifier, find_answer
 
 

@@ -14,7 +14,7 @@ from test_generate import build, some_adapters, some_prompts
 from tiny import tiny, tiny_lm
 from transformers import AutoModelForCausalLM
 
-from mass import generate_vllm, lora, train, vllm_engine
+from mass import generate_vllm, lora, prepare, vllm_engine
 from mass import recipe as recipes
 from mass.errors import MassError
 from mass.generate import generate
@@ -76,7 +76,7 @@ def test_a_missing_vllm_is_named_before_a_model_is_loaded(monkeypatch: pytest.Mo
     plan: Any = SimpleNamespace(
         recipe=recipes.load(ROOT / "recipes" / "smoke.yaml", ["generate.engine=vllm"])
     )
-    for begin in (lambda: train._tasks(plan.recipe), lambda: build_kit(plan)):
+    for begin in (lambda: prepare.tasks_of(plan.recipe), lambda: build_kit(plan)):
         with pytest.raises(MassError, match="needs vLLM, which is not installed"):
             begin()
 

@@ -23,8 +23,8 @@ from mass.errors import MassError
 from mass.filerun import adapt_problems
 from mass.harness import MassLM
 from mass.kit import build_kit, plan
-from mass.methods import Record, Tokens
 from mass.problems import as_problems, load_tasks
+from mass.records import Record, Tokens
 
 COUNT = 8
 BATCH = 4

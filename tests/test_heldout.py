@@ -10,8 +10,8 @@ from scipy.stats import mannwhitneyu
 
 from mass import heldout
 from mass.choices import Kit
-from mass.methods import Made, Record
 from mass.problems import Problem, Task
+from mass.records import Made, Record
 from mass.rewards import Verifier
 from mass.worlds import Truth
 

@@ -10,7 +10,8 @@ import torch
 from handmade import PROBLEMS
 from tiny import tiny_kit
 
-from mass import choices, methods
+from mass import choices
+from mass import method as method_module
 from mass.choices import Kit
 from mass.generate import Rollout
 from mass.methods import solve
@@ -28,7 +29,7 @@ def kit() -> Kit:
 def test_vote_is_its_own_baseline(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
     sample = choices.kit.sample
-    monkeypatch.setattr(methods, "sample", lambda *args: drawn.append(args))
+    monkeypatch.setattr(method_module, "sample", lambda *args: drawn.append(args))
     kit = replace(kit, examples=9)
     for method in ("vote", "pick", "first-finish", "rpc"):
         for record in solve(kit, PROBLEMS, method):
@@ -64,10 +65,10 @@ def test_budget_rounds_keep_to_the_budget(kit: Kit, monkeypatch: pytest.MonkeyPa
         counted.extend(j for own in which for j in own)
         return [[Rollout([0] * lengths[j], [], True, "") for j in own] for own in which]
 
-    monkeypatch.setattr(methods, "sample", sample)
+    monkeypatch.setattr(method_module, "sample", sample)
     for budget in (1, 8, 9, 10, 57, 200, 333):
         counted.clear()
-        (own,) = methods._votes(kit, PROBLEMS[:1], [budget], [[]])
+        (own,) = method_module._votes(kit, PROBLEMS[:1], [budget], [[]])
         spent = sum(len(r.tokens) for r in own)
         assert spent <= max(budget, 8) and budget - spent < 8
         assert counted == list(range(len(counted)))

@@ -10,7 +10,7 @@ import pytest
 from mass import page
 from mass.errors import MassError
 from mass.filerun import as_line, as_row
-from mass.methods import Made, Record, Seconds, StepLoss, Tokens
+from mass.records import Made, Record, Seconds, StepLoss, Tokens
 
 EVIL = '<script>alert("x")</script><img src=http://evil.example/a onerror=alert(1)>&amp;'
 RECORDS = [

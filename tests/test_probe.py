@@ -8,7 +8,7 @@ import pytest
 import torch
 from chain import save_chain, save_problems
 
-from mass import lora, metrics, probe, train
+from mass import lora, metrics, prepare, probe
 from mass.distributed import World
 from mass.problems import Task
 from mass.recipe import load
@@ -22,8 +22,8 @@ HERE = World(0, 1, torch.device("cpu"))
 def open_recipe(name: str, *overrides: str) -> tuple[Setting, list[Task], Any, Any]:
     """What `probe` takes, for the first 8 tasks of a recipe."""
     recipe = load(ROOT / f"recipes/{name}.yaml", ["outer.tasks=8", *overrides])
-    tasks, _, pool = train._tasks(recipe)
-    setting, _ = train._setting(recipe, HERE, pool, None)
+    tasks, _, pool = prepare.tasks_of(recipe)
+    setting, _ = prepare.make_setting(recipe, HERE, pool, None)
     policy = lora.fresh(setting.lm.lora, recipe.lora.rank, torch.Generator().manual_seed(0))
     eta = {key: p.detach() for key, p in setting.head.named_parameters()}
     return setting, Cursor(tasks, 0).next(16), policy, eta

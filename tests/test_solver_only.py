@@ -13,7 +13,7 @@ from runs import log_of, step_of, tensors
 from tiny import tiny_lm
 from torch import Tensor
 
-from mass import accumulate, blocks, heldout, lora, outer_loss, plan, train
+from mass import accumulate, blocks, heldout, lora, outer_loss, plan, prepare, train
 from mass import setting as setting_module
 from mass.episode import Result
 from mass.errors import MassError
@@ -57,7 +57,7 @@ def make(tmp_path: Path, *overrides: str) -> tuple[Setting, dict[str, Tensor], d
     }
     head = Scorer(64, 2, 8).double()
     setting = Setting(
-        recipe, lm, blocks.split(lm.hf, lm.lora), train.NO_ENGINE, True, "inner.checkpoint=true" in overrides, "",
+        recipe, lm, blocks.split(lm.hf, lm.lora), prepare.NO_ENGINE, True, "inner.checkpoint=true" in overrides, "",
         make_prompts(lm.tokenizer, "plain", None, None), [], FixedVerifier(), Rule("sgd"), head,
     )  # type: ignore[arg-type] # fmt: skip
     return setting, policy, {key: p.detach() for key, p in head.named_parameters()}

@@ -149,7 +149,7 @@ def test_the_logged_gradient_norm_does_not_depend_on_the_number_of_ranks(both: t
 
 def recording_shards(words: list[str], wanted: dict[str, Any], offloads: bool) -> None:
     """A run that sees what the recipe's zero keys come to."""
-    from mass import distributed, engine, train
+    from mass import distributed, engine, prepare, train
     from mass.recipe import load
     from mass.shards import Shards
 
@@ -167,7 +167,7 @@ def recording_shards(words: list[str], wanted: dict[str, Any], offloads: bool) -
         return configs[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "Shards", Recorded)
+        patch.setattr(prepare, "Shards", Recorded)
         patch.setattr(engine, "settings", recorded)
         train.train(load(words[0], words[1:]))
     distributed.stop()

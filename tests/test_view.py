@@ -8,7 +8,7 @@ from dataclasses import replace
 from rich.console import Console
 
 from mass.filerun import as_line, as_row
-from mass.methods import Made, Record, Seconds, StepLoss, Tokens
+from mass.records import Made, Record, Seconds, StepLoss, Tokens
 from mass.view import view
 
 RECORD = Record(
