@@ -64,7 +64,7 @@ def happen(what: str) -> None:
     [
         ("mass.episode:write_examples", 1, "SIGKILL", ["rank 1", "gone or stopped", "last seen in"]),
         ("mass.metagrad:sweep", 0, "SIGKILL", ["rank 0", "gone or stopped", "last seen in"]),
-        ("mass.checkpoint:_seal", 0, "SIGKILL", ["rank 0", "gone or stopped"]),
+        ("mass.stepfolder:_seal", 0, "SIGKILL", ["rank 0", "gone or stopped"]),
         ("mass.metagrad:sweep", 0, "SIGSTOP", ["rank 0", "gone or stopped"]),
         ("mass.episode:write_examples", 1, "SIGSTOP", ["rank 1", "gone or stopped"]),
         ("mass.episode:write_examples", 1, "sleeps", ["rank 1", "has stood still", "run (episode.py:"]),
@@ -88,7 +88,7 @@ def test_the_others_end_with_the_reason_and_the_run_goes_on(
     assert done.codes[rank] == {"SIGKILL": -9, "SIGSTOP": -9, "fails": 1}.get(what, 3), done
     assert time.monotonic() - begin < 60
     is_run_folder_after(tmp_path / "run")
-    if (place, what) in (("mass.checkpoint:_seal", "SIGKILL"), ("mass.episode:write_examples", "sleeps")):
+    if (place, what) in (("mass.stepfolder:_seal", "SIGKILL"), ("mass.episode:write_examples", "sleeps")):
         ranks("mass.train:main", [*own, "run.resume=auto"], world=2).good()
         is_run_folder(tmp_path / "run", [1, 2])
         assert [entry["step"] for entry in log_of(tmp_path / "run")] == [0, 1, 2]
