@@ -120,12 +120,11 @@ def make_world(
     for t, own in enumerate(parsed):
         row = []
         for e in own:
-            tokens = lm.tokenizer.encode(
-                f" {e.problem}\nSolution: {e.solution}\n\n", add_special_tokens=False
-            )
+            text = f" {e.problem}\nSolution: {e.solution}"
+            tokens = lm.tokenizer.encode(f"{text}\n\n", add_special_tokens=False)
             logprob = naive_logprobs(lm, asked[t] + tokens, len(asked[t]), policy).detach()
             noise = old_noise * torch.randn(len(tokens), generator=generator).double()
-            row.append(Rollout(tokens, (logprob + noise).tolist(), True, ""))
+            row.append(Rollout(tokens, (logprob + noise).tolist(), True, text))
         rollouts.append(row)
     made = Practice(asked, rollouts, parsed, packed, valid_TN)
     monkeypatch.setattr(episode, "write_examples", lambda *a, **k: made)

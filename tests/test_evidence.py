@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from steps import GOOD, SGD, make_world
 from test_outer import by_example, packed_of, random_logprobs
 from tiny import tiny_lm
 
@@ -87,3 +88,19 @@ def test_evidence_has_no_advantage_and_a_divergence_of_its_own(beta: float) -> N
     )[0]  # fmt: skip
     own_M = torch.tensor(flags)
     assert (got[own_M] == alone[own_M]).all() and (got[~own_M] != alone[~own_M]).any()
+
+
+@pytest.mark.parametrize("checked", [False, True])
+def test_an_outer_step_leaves_checks_out_of_the_reward(
+    monkeypatch: pytest.MonkeyPatch, checked: bool
+) -> None:
+    """Without a check nothing changes; with one, the generator's gradient does."""
+    own = [[(p, f"{s}\nso it is" if checked else s) for p, s in task] for task in GOOD]
+    off = ("outer.gamma=0", "outer.beta=0", "outer.malformed_penalty=0")
+    found = [
+        make_world(monkeypatch, *SGD, *off, f"outer.reward={reward}", examples=own).run().gradients
+        for reward in ("example", "answer")
+    ]
+    keys = [key for key in found[0] if key.startswith("policy/")]
+    same = [torch.equal(found[0][key], found[1][key]) for key in keys]
+    assert all(same) if not checked else not any(same)
