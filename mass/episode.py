@@ -21,7 +21,7 @@ from mass.forward import loss_and_grad, token_logprobs
 from mass.lora import Adapter, expand
 from mass.metagrad import MetaGradient
 from mass.metrics import step_metrics, truth_metrics
-from mass.outer_loss import outer_loss
+from mass.outer_loss import OuterLoss, outer_loss
 from mass.practice import Practice, Tuned, answer, evidence, features, fine_tune, seed_of, write_examples
 from mass.problems import Task
 from mass.setting import (
@@ -100,10 +100,102 @@ def run(
         )
         live = {key: tensor.detach().requires_grad_() for key, tensor in eta.items()}
         score_TN = torch.func.functional_call(setting.head, live, (task_TF, example_TNF))
-        weight_TN = scorer.weights(score_TN.detach(), valid_TN, recipe.scorer.temperature)
 
+    lr = inner_rates(setting, log_lr, policy)
+    loop = _inner_loop(
+        setting, tasks, practice, solve_shots, score_TN.detach(), start, lr, step, "after", clock
+    )
+    by_score_TN = loop.by_score_TN
+    with clock("outer"):
+        solving = recipe.outer.gamma > 0
+        before = outer_loss(setting, tasks, solve_shots, start, step, "before", need_grad=solving)
+    writes = recipe.outer.generator > 0 and recipe.outer.lr_policy > 0 and not given
+    rewarded = loop
+    if writes and recipe.outer.credit == "uniform":
+        even_TN = torch.zeros_like(loop.weight_TN)
+        rewarded = _inner_loop(
+            setting, tasks, practice, solve_shots, even_TN, start, lr, step, "uniform", clock
+        )
+
+    with clock("policy"):
+        advantage_TN = outer.credit_advantage(
+            rewarded.by_score_TN,
+            valid_TN,
+            torch.ones_like(valid_TN),
+            recipe.outer.min_spread,
+            recipe.outer.malformed_penalty,
+        )
+        gradients = {f"policy/{key}": torch.zeros_like(x) for key, x in policy.items()}
+        kl = 0.0
+        if writes:
+            kl = _generator_gradient(setting, practice, advantage_TN, one, gradients)
+        for key in policy:
+            if recipe.outer.gamma > 0:
+                gradients[f"policy/{key}"] += recipe.outer.gamma * before.grad[key].sum(0) / T
+            if loop.meta.init is not None:
+                gradients[f"policy/{key}"] += loop.meta.init[key].sum(0) / T
+
+    wanted_TN = outer.normalised(by_score_TN, recipe.outer.min_spread)
+    scorer_loss = (score_TN * wanted_TN).sum() + recipe.scorer.l2 * scorer.saturation(
+        score_TN, valid_TN
+    ).sum()
+    by_eta = torch.autograd.grad(scorer_loss / T, list(live.values()), materialize_grads=True)
+    gradients |= {f"scorer/{key}": g for key, g in zip(live, by_eta, strict=True)}
+    if loop.meta.lr is not None:
+        gradients |= _rate_gradient(setting, loop.meta, lr, log_lr, T)
+
+    answers: tuple[list[str], list[str]] = ([], [])
+    if show:
+        with clock("generate"):
+            answers = _show(setting, targets[:show], solve_shots[:show], one, loop.tuned, show)
+    lm.settle()
+    if lm.shards:
+        clock.seconds["gather"] = lm.shards.waited - waited
+    metrics, counts = step_metrics(
+        practice, score_TN, loop.weight_TN, by_score_TN, loop.tuned, before, loop.after, loop.counts_T
+    )
+    metrics |= truth_metrics(practice, tasks, score_TN.detach(), by_score_TN, advantage_TN, loop.counts_T)
+    metrics["policy/kl"] = kl
+    if N > 1:
+        metrics["generator/advantage_spread"] = advantage_TN.std(1).mean().item()
+    if rewarded is not loop:
+        metrics["tokens/trained"] *= 2
+        metrics["tokens/outer"] += rewarded.after.tokens
+        metrics["verifier/failures"] += rewarded.after.failures
+    counts = dict.fromkeys(metrics, T) | counts
+    return Result(gradients, metrics, counts, practice, loop.weight_TN, -by_score_TN, answers, clock.seconds)
+
+
+@dataclass(frozen=True)
+class _Loop:
+    """An inner loop of T tasks, the outer loss where it ends, and what the sweep back says of the way there. `counts_T`: the
+    tasks that have a credit."""
+
+    weight_TN: Tensor
+    tuned: Tuned
+    after: OuterLoss
+    counts_T: Tensor
+    meta: MetaGradient
+    by_score_TN: Tensor
+
+
+def _inner_loop(
+    setting: Setting,
+    tasks: Seq[Task],
+    practice: Practice,
+    solve_shots: Seq[Seq[tuple[str, str]]],
+    score_TN: Tensor,
+    start: Adapter,
+    lr: Mapping[str, Tensor],
+    step: int,
+    when: str,
+    clock: "Clock",
+) -> _Loop:
+    """Fine-tune under the weights that the scores give, and differentiate the outer loss. `when` seeds sampled answers."""
+    recipe, lm, valid_TN = setting.recipe, setting.lm, practice.valid_TN
+    learns_lr = recipe.inner.learned_lr != "no"
     with clock("inner"):
-        lr = inner_rates(setting, log_lr, policy)
+        weight_TN = scorer.weights(score_TN, valid_TN, recipe.scorer.temperature)
         products = make_products(setting, practice.packed, weight_TN)
         tuned = fine_tune(
             lm,
@@ -117,70 +209,24 @@ def run(
             parts=setting.parts if setting.checkpoint else None,
             last=products.record if isinstance(products, metagrad.Reverse) else None,
             count=metagrad.RECORDED,
-            keep_grads=recipe.inner.learned_lr != "no" or recipe.meta_gradient.one_sided,
+            keep_grads=learns_lr or recipe.meta_gradient.one_sided,
         )
-
     with clock("outer"):
-        after = outer_loss(setting, tasks, solve_shots, tuned.trajectory.adapter, step, "after")
-        solving = recipe.outer.gamma > 0
-        before = outer_loss(setting, tasks, solve_shots, start, step, "before", need_grad=solving)
+        after = outer_loss(setting, tasks, solve_shots, tuned.trajectory.adapter, step, when)
         # A task without examples has not moved and one that exploded gives noise: neither has a credit.
         counts_T = valid_TN.any(1) & ~tuned.exploded_T
         outer_grad = {key: g * counts_T.view(-1, 1, 1) for key, g in after.grad.items()}
-
     with clock("meta"):
-        need_init = recipe.outer.through_init
         meta = metagrad.sweep(
             products,
             tuned.trajectory,
             outer_grad,
-            need_init=need_init,
-            need_lr=recipe.inner.learned_lr != "no",
+            need_init=recipe.outer.through_init,
+            need_lr=learns_lr,
             last_steps=recipe.meta_gradient.truncate,
         )
         by_score_TN = scorer.score_gradient(score_TN, valid_TN, recipe.scorer.temperature, meta.weight_TN)
-
-    with clock("policy"):
-        advantage_TN = outer.credit_advantage(
-            by_score_TN,
-            valid_TN,
-            torch.ones_like(valid_TN),
-            recipe.outer.min_spread,
-            recipe.outer.malformed_penalty,
-        )
-        gradients = {f"policy/{key}": torch.zeros_like(x) for key, x in policy.items()}
-        kl = 0.0
-        if recipe.outer.generator > 0 and recipe.outer.lr_policy > 0 and not given:
-            kl = _generator_gradient(setting, practice, advantage_TN, one, gradients)
-        for key in policy:
-            if recipe.outer.gamma > 0:
-                gradients[f"policy/{key}"] += recipe.outer.gamma * before.grad[key].sum(0) / T
-            if meta.init is not None:
-                gradients[f"policy/{key}"] += meta.init[key].sum(0) / T
-
-    wanted_TN = outer.normalised(by_score_TN, recipe.outer.min_spread)
-    scorer_loss = (score_TN * wanted_TN).sum() + recipe.scorer.l2 * scorer.saturation(
-        score_TN, valid_TN
-    ).sum()
-    by_eta = torch.autograd.grad(scorer_loss / T, list(live.values()), materialize_grads=True)
-    gradients |= {f"scorer/{key}": g for key, g in zip(live, by_eta, strict=True)}
-    if meta.lr is not None:
-        gradients |= _rate_gradient(setting, meta, lr, log_lr, T)
-
-    answers: tuple[list[str], list[str]] = ([], [])
-    if show:
-        with clock("generate"):
-            answers = _show(setting, targets[:show], solve_shots[:show], one, tuned, show)
-    lm.settle()
-    if lm.shards:
-        clock.seconds["gather"] = lm.shards.waited - waited
-    metrics, counts = step_metrics(practice, score_TN, weight_TN, by_score_TN, tuned, before, after, counts_T)
-    metrics |= truth_metrics(practice, tasks, score_TN.detach(), by_score_TN, counts_T)
-    metrics["policy/kl"] = kl
-    if N > 1:
-        metrics["generator/advantage_spread"] = advantage_TN.std(1).mean().item()
-    counts = dict.fromkeys(metrics, T) | counts
-    return Result(gradients, metrics, counts, practice, weight_TN, -by_score_TN, answers, clock.seconds)
+    return _Loop(weight_TN, tuned, after, counts_T, meta, by_score_TN)
 
 
 def _generator_gradient(

@@ -87,13 +87,19 @@ def known_truth(practice: Practice, tasks: Seq[Task]) -> tuple[Tensor, Tensor]:
 
 
 def truth_metrics(
-    practice: Practice, tasks: Seq[Task], score_TN: Tensor, by_score_TN: Tensor, counts_T: Tensor
+    practice: Practice,
+    tasks: Seq[Task],
+    score_TN: Tensor,
+    by_score_TN: Tensor,
+    advantage_TN: Tensor,
+    counts_T: Tensor,
 ) -> dict[str, float]:
     """What only the truth of the examples can tell; NaN where it is not known."""
     good_TN, known_TN = known_truth(practice, tasks)
     return {
         "scorer/auc": outer.auc(score_TN, good_TN, known_TN),
         "credit/auc": outer.auc(-by_score_TN, good_TN, known_TN & counts_T.unsqueeze(1)),
+        "generator/auc": outer.auc(advantage_TN, good_TN, known_TN),
         "generator/right": _mean(good_TN[known_TN].float()),
     }
 

@@ -225,7 +225,9 @@ def _flops(r: Recipe, linear: int, head: int) -> dict[str, float]:
         sampled = read if r.outer.loss == "verifier" else 0
         return {"generate": token * sampled, "outer loss": (2 + _has_kl(r)) * token * read}
     train = T * N * (PROMPT + new)
-    last = 2 * T * G * (PROMPT + answer)
+    # the generator's credit may want an inner loop of its own, and the outer loss after it
+    loops = 1 + (r.outer.credit == "uniform" and r.outer.generator > 0 and r.outer.lr_policy > 0)
+    last = (1 + loops) * T * G * (PROMPT + answer)
     sampled = last if r.outer.loss == "verifier" else 0
     out = {
         "generate": token * (train + sampled),
@@ -233,7 +235,7 @@ def _flops(r: Recipe, linear: int, head: int) -> dict[str, float]:
         "policy gradient": (2 + (max(r.outer.beta, r.outer.beta_check) > 0)) * token * train,
     }
     for name, (_, _, _, factor) in ENGINES.items():
-        out[f"inner loop and meta, {name}"] = factor * 2 * token * train * r.inner.steps
+        out[f"inner loop and meta, {name}"] = factor * 2 * token * train * r.inner.steps * loops
     return out
 
 

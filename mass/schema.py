@@ -223,6 +223,11 @@ class Outer:
         ge=0,
     )
     generator: float = _key(1.0, "coefficient of the generator loss", ge=0)
+    credit: Literal["score", "uniform"] = _key(
+        "score",
+        "weights at which the credit that rewards the generator is taken: the scorer's, or uniform ones (a second inner loop), "
+        "where it tells good examples apart however sharp the scorer is",
+    )
     reward: Literal["example", "answer"] = _key(
         "example",
         "tokens of an example that its credit rewards: all, or those up to its answer; a check that follows stays honest",

@@ -22,6 +22,7 @@ TAGS = {
     "credit/spread": "spread of the credit within a task, before it is standardised",
     "generator/valid": "share of self-made examples that are well formed",
     "generator/right": "share of well-formed examples that are right and of the target's family",
+    "generator/auc": "chance that a right example of the target's family has more advantage than another one of its task",
     "generator/no_solution": "share of examples without a solution",
     "generator/no_answer": "share of examples whose solution gives no answer",
     "generator/truncated": "share of examples cut off at the token limit",
@@ -92,7 +93,14 @@ CHARTS = {
     },
     "scorer": {
         "effective examples": ["scorer/effective_examples"],
-        "right above wrong": ["scorer/auc", "credit/auc", "heldout/auc", "seen/auc", "unseen/auc"],
+        "right above wrong": [
+            "scorer/auc",
+            "credit/auc",
+            "generator/auc",
+            "heldout/auc",
+            "seen/auc",
+            "unseen/auc",
+        ],
         "spread": ["scorer/score_std", "credit/spread"],
         "gradient": ["scorer/grad_norm"],
     },

@@ -168,20 +168,18 @@ def naive_outer(
     policy: Mapping[str, Tensor] | None = None,
     log_lr: Mapping[str, Tensor] | None = None,
     counts: tuple[bool, ...] = (True,) * T,
+    score_TN: Tensor | None = None,
 ) -> float:
-    """Gold loss after adaptation, mean over tasks: scores -> weights -> K steps -> loss, task by task."""
+    """Gold loss after adaptation, mean over tasks: scores -> weights -> K steps -> loss, task by task. `score_TN`: in place
+    of the head's."""
     eta, policy = eta or world.eta, policy or world.policy
     s, r = world.setting, world.setting.recipe
-    task_TF, example_TNF = episode.features(
-        s.lm,
-        s.parts,
-        s.prompts,
-        world.practice,
-        [t.problem.text for t in tasks()],
-        r.scorer.layers,
-        r.scorer.pool,
-    )
-    score_TN = torch.func.functional_call(s.head, dict(eta), (task_TF, example_TNF)).detach()
+    if score_TN is None:
+        texts = [t.problem.text for t in tasks()]
+        inputs = episode.features(
+            s.lm, s.parts, s.prompts, world.practice, texts, r.scorer.layers, r.scorer.pool
+        )
+        score_TN = torch.func.functional_call(s.head, dict(eta), inputs).detach()
     total = 0.0
     for t, task in enumerate(tasks()):
         examples = [e for e in world.practice.examples[t]]

@@ -1,0 +1,164 @@
+"""What rewards the generator: the credit at the scorer's weights, or at uniform ones (outer.credit)."""
+
+from typing import Any
+
+import pytest
+import torch
+from ranks import ROOT
+from steps import GOOD, SGD, N, T, make_world, naive_generator_gradient, naive_outer, tasks
+from torch import Tensor
+
+from mass import accumulate, episode, metrics, plan, practice
+from mass.episode import Result
+from mass.recipe import load
+from mass.worlds import Truth
+
+UNIFORM = "outer.credit=uniform"
+# one is malformed: weights are uniform over the valid examples of a task
+EXAMPLES = [[GOOD[0][0], None, *GOOD[0][2:]], GOOD[1]]
+RULES = {
+    "sgd": SGD,
+    "adam": ("inner.optimizer=adam", "inner.lr=0.01", "inner.eps_root=1e-4"),
+    "clipped": ("inner.lr=0.2", "inner.clip=0.5"),
+}
+
+
+def part(result: Result, group: str) -> dict[str, Tensor]:
+    return {key: g for key, g in result.gradients.items() if key.startswith(group)}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("engine", ["reverse", "blockwise"])
+def test_uniform_credit_is_the_derivative_at_equal_scores(
+    monkeypatch: pytest.MonkeyPatch, rule: str, engine: str
+) -> None:
+    """By differences of the whole pipeline in each score; the scorer keeps the credit at its own weights."""
+    more = (*RULES[rule], "outer.gamma=0", "outer.beta=0.3", f"meta_gradient.mode={engine}")
+    world = make_world(monkeypatch, *more, UNIFORM, examples=EXAMPLES)
+    valid_TN, h = world.practice.valid_TN, 1e-4
+    credit_TN = torch.zeros(T, N).double()
+    for t in range(T):
+        for n in range(N):
+            shift_TN = torch.zeros(T, N).double()
+            shift_TN[t, n] = h
+            up, down = (naive_outer(world, score_TN=sign * shift_TN) for sign in (1, -1))
+            credit_TN[t, n] = -T * (up - down) / (2 * h)
+    assert credit_TN[0, 1] == 0 and credit_TN[valid_TN].abs().min() > 1e-6
+    advantage_TN = torch.full((T, N), -0.5).double()
+    for t in range(T):
+        own = credit_TN[t][valid_TN[t]]
+        advantage_TN[t][valid_TN[t]] = (own - own.mean()) / own.std()
+    result = world.run()
+    for key, want in naive_generator_gradient(world, advantage_TN).items():
+        # old log-probabilities are kept in fp32
+        torch.testing.assert_close(result.gradients[f"policy/{key}"], want, rtol=1e-4, atol=1e-7)
+    plain = make_world(monkeypatch, *more, examples=EXAMPLES).run()
+    assert same(part(result, "scorer"), part(plain, "scorer"))
+    assert torch.equal(result.credit_TN, plain.credit_TN)
+    assert not same(part(result, "policy"), part(plain, "policy")), "the scores of this world differ"
+
+
+def test_where_scores_are_equal_both_credits_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the uniform one does not depend on the scorer."""
+    runs = []
+    for credit in ("score", "uniform"):
+        world = make_world(monkeypatch, *SGD, f"outer.credit={credit}", examples=EXAMPLES)
+        level = {key: torch.zeros_like(x) for key, x in world.eta.items()}
+        runs += [world.run(eta=level), world.run()]
+    flat, sharp, uniform_flat, uniform_sharp = (part(x, "policy") for x in runs)
+    assert same(flat, uniform_flat) and same(uniform_flat, uniform_sharp)
+    assert not same(flat, sharp)
+
+
+def test_through_init_and_the_inner_rate_keep_the_loop_at_the_scorers_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without a generator gradient in sight, what is left of the policy's is the start of the weighted loop."""
+    more = (*SGD, "outer.gamma=0.3", "outer.through_init=true", "inner.learned_lr=one", "outer.beta=0")
+    off = "outer.min_spread=1e9", "outer.malformed_penalty=0"
+    plain, uniform = (
+        make_world(monkeypatch, *more, *off, f"outer.credit={credit}").run()
+        for credit in ("score", "uniform")
+    )
+    assert same(plain.gradients, uniform.gradients)
+    assert any((g != 0).any() for g in part(plain, "policy").values())
+
+
+def test_the_second_loop_is_run_and_counted_where_a_generator_learns_from_it_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole, seen = practice.fine_tune, []
+
+    def fine_tune(*arguments: Any, **more: Any) -> practice.Tuned:
+        seen.append(arguments[2])
+        return whole(*arguments, **more)
+
+    monkeypatch.setattr(episode, "fine_tune", fine_tune)
+    plain = make_world(monkeypatch, *SGD, "outer.loss=verifier").run()
+    assert len(seen) == 1
+    world = make_world(monkeypatch, *SGD, "outer.loss=verifier", UNIFORM)
+    result = world.run()
+    assert len(seen) == 3 and (seen[2] == 1).all() and (seen[1] != 1).all()
+    assert result.metrics["tokens/trained"] == 2 * plain.metrics["tokens/trained"]
+    extra = result.metrics["tokens/outer"] - plain.metrics["tokens/outer"]
+    assert 0 < extra < plain.metrics["tokens/outer"]
+    assert same(part(result, "scorer"), part(plain, "scorer"))
+    world.run(practice=world.practice)
+    for off in ("outer.lr_policy=0", "outer.generator=0"):
+        make_world(monkeypatch, *SGD, UNIFORM, off).run()
+    assert len(seen) == 6
+
+
+def test_tasks_in_parts_are_the_tasks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = make_world(monkeypatch, *SGD, UNIFORM, examples=EXAMPLES)
+    asked = world.practice
+
+    def some(lm: Any, prompts: Any, targets: list[str], **more: Any) -> practice.Practice:
+        at = [t for t, task in enumerate(tasks()) if task.problem.text in targets]
+        examples = [asked.examples[t] for t in at]
+        packed, valid_TN = practice.pack_examples(lm, prompts, examples, more["solve_shots"])
+        return practice.Practice(
+            [asked.prompts[t] for t in at], [asked.rollouts[t] for t in at], examples, packed, valid_TN
+        )
+
+    monkeypatch.setattr(episode, "write_examples", some)
+    arguments = (world.setting, tasks(), 0, world.policy, world.eta, world.log_lr)
+    whole, parts = (accumulate.run(*arguments, at_once=n) for n in (None, 1))
+    for key, want in whole.gradients.items():
+        torch.testing.assert_close(parts.gradients[key], want)
+    assert any((g != 0).any() for g in part(whole, "policy").values())
+
+
+def test_generator_auc_is_of_the_credit_that_rewards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The right example is the one of most uniform credit: 1 there, and less under other weights."""
+    sharp = make_world(monkeypatch, *SGD)
+    credit_TN = sharp.run().credit_TN
+    level = {key: torch.zeros_like(x) for key, x in sharp.eta.items()}
+    even_TN = sharp.run(eta=level).credit_TN
+    best = [own.argmax().item() for own in even_TN]
+    texts = [sharp.practice.examples[t][n].problem for t, n in enumerate(best)]
+    monkeypatch.setattr(metrics, "truth", lambda task, problem, _: Truth(problem in texts, True, None))
+    want = torch.stack(
+        [(own[n] > own).double().sum() / (N - 1) for own, n in zip(credit_TN, best, strict=True)]
+    )
+    plain, uniform = (
+        make_world(monkeypatch, *SGD, f"outer.credit={credit}").run().metrics
+        for credit in ("score", "uniform")
+    )
+    assert uniform["generator/auc"] == 1
+    assert plain["generator/auc"] == plain["credit/auc"] == pytest.approx(want.mean().item())
+    flat = make_world(monkeypatch, *SGD, UNIFORM, "outer.min_spread=1e9").run().metrics
+    assert flat["generator/auc"] == 0.5, "without advantage all are alike"
+
+
+def test_a_plan_counts_the_second_loop() -> None:
+    def loop(*overrides: str) -> float:
+        made = load(ROOT / "recipes/smoke.yaml", list(overrides))
+        return plan._flops(made, 100, 10)["inner loop and meta, reverse"]
+
+    assert loop(UNIFORM) == 2 * loop()
+    assert loop(UNIFORM, "outer.lr_policy=0") == loop()
