@@ -22,7 +22,7 @@ from mass.lora import Adapter, expand
 from mass.metagrad import MetaGradient
 from mass.metrics import step_metrics, truth_metrics
 from mass.outer_loss import OuterLoss, outer_loss
-from mass.practice import Practice, Tuned, answer, evidence, features, fine_tune, seed_of, write_examples
+from mass.practice import Practice, Tuned, answer, features, fine_tune, seed_of, unrewarded, write_examples
 from mass.problems import Task
 from mass.setting import (
     Setting,
@@ -236,7 +236,7 @@ def _generator_gradient(
     recipe, lm = setting.recipe, setting.lm
     asked_rows = list(zip(practice.prompts, practice.rollouts, practice.examples, strict=True))
     T, N = advantage_TN.shape
-    apart = recipe.outer.reward == "answer"
+    apart = recipe.outer.reward != "example"
     scale = recipe.outer.generator / (T * N)
     height = max(1, recipe.outer.micro_rows // N)
     kl_sum = 0.0
@@ -246,10 +246,11 @@ def _generator_gradient(
         # One adapter for all: the task axis of this batch only says whose samples share a prompt.
         packed = pack(chunk, lm.tokenizer.pad_token_id, lm.device, share=attends_fully(lm.hf))
         old_M = torch.tensor([x for _, own, _ in some for r in own for x in r.logprobs], device=lm.device)
-        evidence_M = None
+        unrewarded_M = None
         if apart:
             pairs = [pair for _, own, read in some for pair in zip(own, read, strict=True)]
-            evidence_M = torch.tensor([x for pair in pairs for x in evidence(lm, *pair)], device=lm.device)
+            flags = [x for pair in pairs for x in unrewarded(lm, *pair, recipe.outer.reward)]
+            unrewarded_M = torch.tensor(flags, device=lm.device)
         share = advantage_TN[first : first + height]
         base_M = None
         if recipe.outer.beta > 0 or (apart and recipe.outer.beta_check > 0):
@@ -263,7 +264,7 @@ def _generator_gradient(
             old_M: Tensor = old_M,
             base_M: Tensor | None = base_M,
             share: Tensor = share,
-            evidence_M: Tensor | None = evidence_M,
+            unrewarded_M: Tensor | None = unrewarded_M,
             seen: list[Tensor] = seen,
         ) -> Tensor:
             loss_TN, kl_TN = outer.policy_loss(
@@ -274,8 +275,8 @@ def _generator_gradient(
                 share,
                 ratio_clip=recipe.outer.ratio_clip,
                 beta=recipe.outer.beta,
-                evidence_M=evidence_M,
-                beta_evidence=recipe.outer.beta_check,
+                unrewarded_M=unrewarded_M,
+                beta_unrewarded=recipe.outer.beta_check,
             )
             seen.append(kl_TN.detach().sum())
             return scale * loss_TN.sum()

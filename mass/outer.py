@@ -54,25 +54,25 @@ def policy_loss(
     *,
     ratio_clip: float,
     beta: float,
-    evidence_M: Tensor | None = None,
-    beta_evidence: float = 0.0,
+    unrewarded_M: Tensor | None = None,
+    beta_unrewarded: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Clipped policy gradient plus beta KL(policy || base), per example [T, N], and the KL estimate [T, N].
 
     ratio = pi / pi_old of each token; the loss of an example is the mean over its tokens of -min(ratio A, clip(ratio) A).
-    `base_M`: log-probabilities under the base model; None when both betas are 0. `evidence_M` (bool): tokens that have no
-    advantage and the coefficient `beta_evidence` (see `mass.practice.evidence`).
+    `base_M`: log-probabilities under the base model; None when both betas are 0. `unrewarded_M` (bool): tokens that have no
+    advantage and the coefficient `beta_unrewarded` (see `mass.practice.unrewarded`).
     """
     ratio_M = (logprob_M - old_M).exp()
     a_M = advantage_TN.flatten()[packed.owner_M]
-    if evidence_M is not None:
-        a_M = a_M.masked_fill(evidence_M, 0.0)
+    if unrewarded_M is not None:
+        a_M = a_M.masked_fill(unrewarded_M, 0.0)
     surrogate_M = torch.minimum(ratio_M * a_M, ratio_M.clamp(1 - ratio_clip, 1 + ratio_clip) * a_M)
     loss_TN = -packed.mean_by_example(surrogate_M)
     if base_M is None:
         return loss_TN, torch.zeros_like(loss_TN)
     kl_M = _k3(logprob_M, base_M)
-    held_M = beta * kl_M if evidence_M is None else torch.where(evidence_M, beta_evidence, beta) * kl_M
+    held_M = beta * kl_M if unrewarded_M is None else torch.where(unrewarded_M, beta_unrewarded, beta) * kl_M
     return loss_TN + packed.mean_by_example(held_M), packed.mean_by_example(kl_M)
 
 

@@ -19,7 +19,7 @@ from mass.inner import Gradient, Trajectory
 from mass.lora import Adapter
 from mass.model import LanguageModel, context_length
 from mass.optimizers import Rule
-from mass.prompts import Example, Prompts, answer_end, filter_examples, parse_example
+from mass.prompts import Example, Prompts, answer_end, filter_examples, parse_example, solution_start
 
 
 @dataclass(frozen=True)
@@ -131,18 +131,21 @@ def pack_examples(
     return packed, packed.count_TN > 0
 
 
-def evidence(lm: LanguageModel, rollout: Rollout, example: Example) -> list[bool]:
-    """Of each token of a self-made example, whether it stands behind the line with the answer: a check of it, say. A
-    malformed example has no such tokens."""
+def unrewarded(lm: LanguageModel, rollout: Rollout, example: Example, reward: str) -> list[bool]:
+    """Of each token of a self-made example, whether it has no share in the credit: what stands behind the line with the
+    answer (a check of it, say), and with `reward` "solution" what stands before the solution too. A malformed example has
+    no such tokens, nor has any under "example"."""
     count, end = len(rollout.tokens), answer_end(rollout.text)
-    if not example.valid or end == len(rollout.text):
+    start = solution_start(rollout.text) if reward == "solution" else 0
+    if not example.valid or reward == "example" or (not start and end == len(rollout.text)):
         return [False] * count
 
     def length(first: int) -> int:
         return len(lm.tokenizer.decode(rollout.tokens[:first], skip_special_tokens=True))
 
-    start = bisect_left(range(count), end, key=length)
-    return [i >= start for i in range(count)]
+    begins = bisect_left(range(count), start, key=length)
+    ends = count if end == len(rollout.text) else bisect_left(range(count), end, key=length)
+    return [not begins <= i < ends for i in range(count)]
 
 
 def solve_sequence(

@@ -320,6 +320,12 @@ def answer_end(text: str) -> int:
     return len(text)
 
 
+def solution_start(text: str) -> int:
+    """Where the solution of a self-made example begins, behind its label; 0 without one."""
+    label = _SOLUTION.search(text)
+    return label.end() if label else 0
+
+
 def filter_examples(examples: Sequence[Example], target: str) -> list[Example]:
     """The same examples, where valid ones that repeat are marked: `copy` when the problem is the target or contains
     it, `duplicate` when problem and solution equal those of a valid one before. Case, spacing and the punctuation at

@@ -228,12 +228,13 @@ class Outer:
         "weights at which the credit that rewards the generator is taken: the scorer's, or uniform ones (a second inner loop), "
         "where it tells good examples apart however sharp the scorer is",
     )
-    reward: Literal["example", "answer"] = _key(
+    reward: Literal["example", "answer", "solution"] = _key(
         "example",
-        "tokens of an example that its credit rewards: all, or those up to its answer; a check that follows stays honest",
+        "tokens of an example that its credit rewards: all, those up to its answer (a check that follows stays honest), or of "
+        "those the solution's alone (less noise where the problem hardly matters)",
     )
     beta_check: float = _key(
-        0.0, "reward=answer: coefficient of the KL divergence on the tokens behind the answer", ge=0
+        0.0, "reward=answer and solution: coefficient of the KL divergence on the tokens left out", ge=0
     )
     through_init: bool = _key(False, "pass the meta-gradient to the policy as the inner loop's start, too")
     warmup: int = _key(5, "steps in which the learning rates rise from 0", ge=0)

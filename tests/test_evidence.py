@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from steps import GOOD, SGD, make_world
+from steps import GOOD, SGD, make_world, naive_logprobs
 from test_outer import by_example, packed_of, random_logprobs
 from tiny import tiny_lm
 
 from mass.generate import Rollout
 from mass.outer import policy_loss
-from mass.practice import evidence
+from mass.practice import unrewarded
 from mass.prompts import answer_end, parse_example
 
 
@@ -40,12 +40,20 @@ def test_the_tokens_behind_the_answer() -> None:
     rollout = Rollout(tokens, [0.0] * len(tokens), True, text)
     read = parse_example(text, finished=True)
     assert read.valid
-    got = evidence(lm, rollout, read)
-    assert got == [False] * len(tokens_of(head)) + [True] * len(tokens_of(check))
-    # a text that ends with its answer has none, nor has a malformed one
+    behind = [False] * len(tokens_of(head)) + [True] * len(tokens_of(check))
+    assert unrewarded(lm, rollout, read, "answer") == behind
+    before = len(tokens_of(" 2 + 2\nSolution:"))
+    problem = [True] * before + [False] * (len(tokens_of(head)) - before)
+    assert unrewarded(lm, rollout, read, "solution") == [*problem, *behind[len(problem) :]]
+    assert not any(unrewarded(lm, rollout, read, "example"))
+    # a text that ends with its answer has nothing behind it, and a malformed one bears its penalty whole
     plain = Rollout(tokens_of(head), [0.0] * len(tokens_of(head)), True, head)
-    assert not any(evidence(lm, plain, parse_example(head, finished=True)))
-    assert not any(evidence(lm, rollout, parse_example(text, finished=False)))
+    read = parse_example(head, finished=True)
+    assert (
+        not any(unrewarded(lm, plain, read, "answer")) and unrewarded(lm, plain, read, "solution") == problem
+    )
+    for reward in ("answer", "solution"):
+        assert not any(unrewarded(lm, rollout, parse_example(text, finished=False), reward))
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.2])
@@ -65,7 +73,7 @@ def test_evidence_has_no_advantage_and_a_divergence_of_its_own(beta: float) -> N
         seen[key] += 1
     loss_TN, kl_TN = policy_loss(
         packed, logprob_M, old_M, base_M, advantage_TN, ratio_clip=0.2, beta=beta,
-        evidence_M=torch.tensor(flags), beta_evidence=0.7,
+        unrewarded_M=torch.tensor(flags), beta_unrewarded=0.7,
     )  # fmt: skip
     new, old, base = (by_example(packed, x) for x in (logprob_M, old_M, base_M))
     for (t, n), own in new.items():
@@ -82,7 +90,7 @@ def test_evidence_has_no_advantage_and_a_divergence_of_its_own(beta: float) -> N
     alone = torch.autograd.grad(
         policy_loss(
             packed, logprob_M, old_M, base_M, 0 * advantage_TN, ratio_clip=0.2, beta=beta,
-            evidence_M=torch.tensor(flags), beta_evidence=0.7,
+            unrewarded_M=torch.tensor(flags), beta_unrewarded=0.7,
         )[0].sum(),
         logprob_M,
     )[0]  # fmt: skip
@@ -104,3 +112,33 @@ def test_an_outer_step_leaves_checks_out_of_the_reward(
     keys = [key for key in found[0] if key.startswith("policy/")]
     same = [torch.equal(found[0][key], found[1][key]) for key in keys]
     assert all(same) if not checked else not any(same)
+
+
+def test_an_outer_step_leaves_the_problems_out_of_the_reward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the plain loop: no advantage before the solution, and the divergence there has its own coefficient."""
+    more = ("outer.gamma=0", "outer.beta=0.3", "outer.reward=solution", "outer.beta_check=0.8")
+    world = make_world(monkeypatch, *SGD, *more)
+    lm, count = world.setting.lm, len(GOOD[0])
+    result = world.run()
+    leaf = {key: x.detach().requires_grad_() for key, x in world.policy.items()}
+    total = torch.zeros((), dtype=torch.float64)
+    for t, own in enumerate(world.practice.rollouts):
+        credit_N = result.credit_TN[t]
+        advantage_N = (credit_N - credit_N.mean()) / credit_N.std()
+        for n, rollout in enumerate(own):
+            asked = world.practice.prompts[t]
+            new = naive_logprobs(lm, asked + rollout.tokens, len(asked), leaf)
+            base = naive_logprobs(lm, asked + rollout.tokens, len(asked), None).detach()
+            ratio, k3 = (new - torch.tensor(rollout.logprobs)).exp(), (base - new).exp() - (base - new) - 1
+            a = advantage_N[n]
+            gain = torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a)
+            text = f" {world.practice.examples[t][n].problem}\nSolution:"
+            before = len(lm.tokenizer.encode(text, add_special_tokens=False))
+            at = torch.arange(len(new)) < before
+            parts = torch.where(at, 0.8 * k3, 0.3 * k3 - gain)
+            # GOOD's solutions end with their answer, but for the blank line that ends the example
+            assert 0 < before < len(new)
+            total = total + parts.mean() / (len(GOOD) * count)
+    for (key, x), want in zip(leaf.items(), torch.autograd.grad(total, list(leaf.values())), strict=True):
+        torch.testing.assert_close(result.gradients[f"policy/{key}"], want, rtol=1e-5, atol=1e-8)
+        assert want.abs().max() > 0 and x.requires_grad
