@@ -189,7 +189,6 @@ def build_kit(plan: Plan, loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase
         steps=i.steps,
         max_growth=i.max_growth,
         policy=policy,
-        apart=i.start == "base",
         head=head,
         depths=r.scorer.layers,
         pool_kind=r.scorer.pool,

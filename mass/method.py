@@ -96,9 +96,7 @@ def carry_out(
     votes: list[list[Rollout]] = [[] for _ in problems]
     if baselines:
         same = [row.answer is greedy and not moved[t] for t in range(T)]
-        others = iter(
-            greedily(kit, [p for p, done in zip(problems, same, strict=True) if not done], kit.solver)
-        )
+        others = iter(greedily(kit, [p for p, done in zip(problems, same, strict=True) if not done], kit.one))
         base = [answered[t] if same[t] else next(others) for t in range(T)]
         have = practice.rollouts if practice and row.examples in OWN else [gate.drawn for gate in gated]
         spent = [x.generated + x.trained if kit.budget is None else kit.budget for x in tokens]

@@ -32,7 +32,6 @@ class Kit:
     """Everything that methods work with, the same for all problems.
 
     policy         adapter without task axis that writes and answers; None: the base model, updated from a fresh adapter
-    apart          the policy only writes: updates and answers start from the base model
     head, eta      the scorer and its parameters (eta None: the head's own); head None: no method may weigh by it
     depths         of the scorer's features; pool_kind: "solution" or "all"; temperature: of its softmax
     lr             0-d tensor for each adapter tensor; rule, steps (K), max_growth: of the update
@@ -57,7 +56,6 @@ class Kit:
     steps: int = 2
     max_growth: float | None = 2.0
     policy: Adapter | None = None
-    apart: bool = False
     head: scorer.Scorer | None = None
     eta: Mapping[str, Tensor] | None = None
     depths: Seq[float] = (0.5, 1.0)
@@ -79,13 +77,8 @@ class Kit:
 
     @property
     def one(self) -> Adapter | None:
-        """The policy, which writes examples, as an adapter of one task."""
+        """The policy as an adapter of one task."""
         return None if self.policy is None else expand(self.policy, 1)
-
-    @property
-    def solver(self) -> Adapter | None:
-        """What answers without update, as an adapter of one task; None: the base model."""
-        return None if self.apart else self.one
 
 
 @dataclass(frozen=True)
@@ -162,25 +155,20 @@ def shots_for(kit: Kit, problem: Problem) -> Shots:
 
 def beginning(kit: Kit) -> Adapter:
     """Where every update starts, without task axis: the policy, or a fresh adapter (B = 0)."""
-    if kit.policy is not None and not kit.apart:
+    if kit.policy is not None:
         return kit.policy
     assert kit.lm.shape is not None
-    return untrained(kit.lm, kit.lm.shape.rank, kit.seed)
-
-
-def untrained(lm: LanguageModel, rank: int, seed: int) -> Adapter:
-    """A fresh adapter without task axis, the same for a seed: the base model as far as it has not been updated."""
-    return fresh(lm.lora, rank, torch.Generator().manual_seed(seed_of(seed, "fresh")))
+    return fresh(kit.lm.lora, kit.lm.shape.rank, torch.Generator().manual_seed(seed_of(kit.seed, "fresh")))
 
 
 def sample(kit: Kit, problems: Seq[Problem], which: Seq[Seq[int]]) -> list[list[Rollout]]:
-    """Own solutions of each problem, by number: number j of a problem is always the same."""
+    """The policy's own solutions of each problem, by number: number j of a problem is always the same."""
     return answer(
         kit.lm,
         kit.prompts,
         [p.text for p in problems],
         shots=[shots_for(kit, p).solve for p in problems],
-        adapter=kit.solver,
+        adapter=kit.one,
         sampling=kit.answering,
         seeds=[
             [seed_of(kit.seed, "answer", p.text, j) for j in own]
