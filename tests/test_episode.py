@@ -169,7 +169,7 @@ def test_the_same_step_twice_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch
 
 def test_metrics_that_need_the_truth_are_there_where_it_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     unknown = make_world(monkeypatch, *SGD).run()
-    tags = ("scorer/auc", "credit/auc", "generator/right")
+    tags = ("scorer/auc", "credit/auc", "generator/auc", "generator/right")
     assert all(unknown.metrics[tag] != unknown.metrics[tag] for tag in tags)
 
     def truth(task: Task, problem: str, solution: str) -> Truth | None:
