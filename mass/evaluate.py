@@ -25,7 +25,7 @@ from rich.console import Console
 
 from mass import arms, attribution, compare, curves, filerun, pool, results, tally
 from mass.arms import Arm
-from mass.choices import best, majority, self_made, teacher_made
+from mass.choices import Texts, best, majority, self_made, teacher_made
 from mass.disjoint import held_out
 from mass.errors import MassError
 from mass.filerun import as_line, as_row, group, key_of, run_batches
@@ -270,7 +270,7 @@ def answer_all(
 
 
 def _with_model(works: Sequence[Work], tasks: Sequence[Task], verifier: Verifier) -> None:
-    """Arms of one base model."""
+    """Arms of one base model. What they draw by the same call is drawn once."""
     r = works[0].arm.plan.recipe
     m = r.model
     hf, tokenizer = load(
@@ -279,12 +279,15 @@ def _with_model(works: Sequence[Work], tasks: Sequence[Task], verifier: Verifier
     weights = sum(parameter.numel() for parameter in hf.parameters())
     items = [task.problem for task in tasks]
     by_text = {task.problem.text: task for task in tasks}
+    texts = Texts()
     for _, same_kit in itertools.groupby(works, key=_loaded):
         with lent(hf, tokenizer):
             some = list(same_kit)
             kit = build_kit(some[0].arm.plan, (hf, tokenizer))
             # for the arm whose weights are the truth; no other looks at it
-            kit = dataclasses.replace(kit, truth=lambda p, *example: truth(by_text[p.text], *example))
+            kit = dataclasses.replace(
+                kit, texts=texts, truth=lambda p, *example: truth(by_text[p.text], *example)
+            )
             for arm, path, keys, batches, done in some:
                 begin = time.perf_counter()
                 for found in run_batches(arm.kit(kit), items, batches, arm.method, baselines=False):
