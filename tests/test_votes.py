@@ -42,6 +42,8 @@ def asked(task: Task, said: Sequence[str | None]) -> tuple[bool | None, bool | N
         (["one\ntwo\nthree", "one\ntwo\nthree", "one\ntwo\nx", "one\ny\nx", "one\nz\nx"], False, True),
         # two ties: the first seen, or the truth
         (["x\ntwo\nthree", "one\ntwo\nthree"], False, True),
+        # the same, and no try is right
+        (["x\ntwo\nthree", "one\ny\nthree"], False, True),
         (["one\nx\nthree", "x\ntwo\nthree", "y\ntwo\nthree", "y\nx\nthree", "y\ntwo\nthree"], False, False),
         (["ONE.\n\n two \nthree", "1\n2\n3"], True, True),
         # of other length: they do not vote on rows
@@ -55,10 +57,17 @@ def test_rows_are_lines(said: list[str | None], rows: bool, generous: bool) -> N
     assert asked(LINES, said) == (rows, None, generous)
 
 
+def test_what_the_verifier_takes_is_right() -> None:
+    said = ["uno\ntwo\nx", "uno\ny\nthree", "z\ntwo\nthree"]
+    found = by_rule(LINES, said, [False] * 3, lambda x: x == "uno\ntwo\nthree")
+    assert found == {"rows": True, "one": None, "generous": True}
+
+
 def test_an_answer_of_one_row_has_no_rows() -> None:
     assert asked(SINGLE, ["5", "4", "4.0"]) == (None, None, True)
     assert asked(SINGLE, ["5", "4"]) == (None, None, True), "a tie goes to the truth"
     assert asked(SINGLE, ["5", "5", "4"]) == (None, None, False)
+    assert asked(SINGLE, ["5", "5", "4.0", "4"]) == (None, None, True), "the same answer in another spelling"
     planted = Planted()
     item = next(iter(worlds.items(planted, 1, False, 0)))
     task = Task(Problem("p", item.problem), item.answer, "", item.family, "exact", worlds.entry(planted))
@@ -89,6 +98,8 @@ def test_rows_of_a_world_are_the_methods_that_they_name() -> None:
     tied = [target(x) for x in ([a, a, a], [RIGHT, RIGHT, RIGHT])]
     assert asked(FAMILY, tied) == (False, False, True)
     assert asked(FAMILY, [target([a, RIGHT, a]), target([RIGHT, a, RIGHT])]) == (False, False, True)
+    # a tie over all rows, where a row has no right one
+    assert asked(FAMILY, [target([a, RIGHT, RIGHT]), target([a, RIGHT, a])]) == (False, False, True)
     assert asked(FAMILY, [target([a] * 3), target([a, RIGHT, RIGHT])]) == (False, False, False)
     # digits that do not follow from the method: the method has its vote
     assert asked(FAMILY, [f"3 : {RIGHT} 0 0 2 : {RIGHT} 0 0 1 : {RIGHT} 0 0", None]) == (True, True, True)
