@@ -23,9 +23,10 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 
-from mass import arms, attribution, compare, curves, filerun, pool, results, tally
+from mass import arms, attribution, compare, curves, filerun, pool, results, tally, votes
 from mass.arms import Arm
-from mass.choices import best, majority, self_made, teacher_made
+from mass.choices import Texts, best, majority, self_made, teacher_made, uniform
+from mass.demonstrations import stated
 from mass.disjoint import held_out
 from mass.errors import MassError
 from mass.filerun import as_line, as_row, group, key_of, run_batches
@@ -34,7 +35,7 @@ from mass.log import no_space, write_atomic
 from mass.methods import METHODS, Record
 from mass.model import load
 from mass.problems import Task, truth
-from mass.rewards import Verifier, require
+from mass.rewards import Verifier, find_answer, require
 from mass.share import Share, join
 
 VERSIONS = ("torch", "transformers", "numpy", "scipy", "statsmodels", "reasoning-gym", "math-verify")
@@ -270,7 +271,7 @@ def answer_all(
 
 
 def _with_model(works: Sequence[Work], tasks: Sequence[Task], verifier: Verifier) -> None:
-    """Arms of one base model."""
+    """Arms of one base model. What they draw by the same call is drawn once."""
     r = works[0].arm.plan.recipe
     m = r.model
     hf, tokenizer = load(
@@ -279,12 +280,15 @@ def _with_model(works: Sequence[Work], tasks: Sequence[Task], verifier: Verifier
     weights = sum(parameter.numel() for parameter in hf.parameters())
     items = [task.problem for task in tasks]
     by_text = {task.problem.text: task for task in tasks}
+    texts = Texts()
     for _, same_kit in itertools.groupby(works, key=_loaded):
         with lent(hf, tokenizer):
             some = list(same_kit)
             kit = build_kit(some[0].arm.plan, (hf, tokenizer))
             # for the arm whose weights are the truth; no other looks at it
-            kit = dataclasses.replace(kit, truth=lambda p, *example: truth(by_text[p.text], *example))
+            kit = dataclasses.replace(
+                kit, texts=texts, truth=lambda p, *example: truth(by_text[p.text], *example)
+            )
             for arm, path, keys, batches, done in some:
                 begin = time.perf_counter()
                 for found in run_batches(arm.kit(kit), items, batches, arm.method, baselines=False):
@@ -301,6 +305,7 @@ def _with_model(works: Sequence[Work], tasks: Sequence[Task], verifier: Verifier
 def _verified(arm: Arm, task: Task, record: Record, verifier: Verifier, weights: int) -> dict[str, Any]:
     """What a row has beside its record. `weights`: how many the base model has."""
     verdict = verifier.verify(record.solution, task)
+    tries = _tries(arm, task, record, verifier)
     return {
         "source": task.source,
         "reference": task.answer,
@@ -309,7 +314,8 @@ def _verified(arm: Arm, task: Task, record: Record, verifier: Verifier, weights:
         # a forward pass takes two operations a weight and token, a backward pass four
         "flops": weights * (2 * record.tokens.generated + 6 * record.tokens.trained),
         "truth": _truth(arm, task, record),
-        "tries": _tries(arm, task, record, verifier),
+        "tries": tries,
+        "vote_rules": _vote_rules(arm, task, record, tries, verifier),
     }
 
 
@@ -330,6 +336,22 @@ def _tries(arm: Arm, task: Task, record: Record, verifier: Verifier) -> list[flo
     # tries are often alike, and some verifiers are slow
     score = {text: verifier.verify(text, task).score for text in dict.fromkeys(texts)}
     return [score[text] if math.isfinite(score[text]) else None for text in texts]
+
+
+def _vote_rules(
+    arm: Arm, task: Task, record: Record, tries: Sequence[float | None], verifier: Verifier
+) -> dict[str, bool | None] | None:
+    """What a vote by other rules makes of the tries, where the arm is a vote in which each try has one."""
+    row = METHODS.get(arm.method)
+    if row is None or row.answer is not majority or row.weights is not uniform:
+        return None
+    said = [find_answer(e.solution) for e in record.examples]
+    return votes.by_rule(
+        task,
+        said,
+        [score == 1.0 for score in tries],
+        lambda answer: verifier.verify(stated(answer), task).score == 1.0,
+    )
 
 
 def _key(settings: str, task: Task) -> str:

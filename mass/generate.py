@@ -93,7 +93,10 @@ def generate(
     rows = _rows(prompts, seeds, max_new_tokens, adapter, adapter_index, batch_rows)
     stop = _Stop(lm.tokenizer, stop_ids, stop_strings)
     holding = lm.shards.held() if lm.shards and lm.shards.hold else contextlib.nullcontext()
-    with torch.no_grad(), holding, _evaluating(lm.hf), lora.using(lm.lora, None):
+    # neither a recording nor a sharded base takes tensors that inference mode made
+    bare = engine == "ours" and step == "eager" and not lm.shards
+    grad_free = _inference(lm.hf) if bare else torch.no_grad()
+    with grad_free, holding, _evaluating(lm.hf), lora.using(lm.lora, None):
         if engine != "ours":
             asked = [row.prompt for row in rows], [row.adapter for row in rows], seeds
             how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "cuts": cuts, "adapter": adapter}
@@ -247,6 +250,21 @@ def _layer_count(hf: PreTrainedModel) -> int:
             f"generation knows full and sliding attention; this model also has {', '.join(sorted(unknown))}"
         )
     return config.num_hidden_layers
+
+
+@contextlib.contextmanager
+def _inference(hf: nn.Module) -> Iterator[None]:
+    """Inference mode within the context: no versions and views, which under no_grad take a small model's step a fifteenth
+    of its time. A tensor that a layer made and kept meanwhile (frequencies for a longer row) is made an ordinary one.
+    """
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module in hf.modules():
+            for name, kept in [*module.named_buffers(recurse=False), *vars(module).items()]:
+                if isinstance(kept, Tensor) and kept.is_inference():
+                    setattr(module, name, kept.clone())
 
 
 @contextlib.contextmanager

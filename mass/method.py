@@ -3,7 +3,6 @@
 A choice is a function of `mass.choices`, None where there is nothing to choose.
 """
 
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
@@ -72,23 +71,23 @@ def carry_out(
     answers without update and by vote.
     """
     T = len(problems)
-    marks = [time.perf_counter()]
+    marks = [kit.clock()]
     practice = row.examples(kit, problems, _room(kit, row, gated)) if row.examples else None
-    marks.append(time.perf_counter())
+    marks.append(kit.clock())
     weight_TN = row.weights(kit, problems, practice) if row.weights and practice else None
-    marks.append(time.perf_counter())
+    marks.append(kit.clock())
     updated = None
     if row.update and practice and weight_TN is not None and (weight_TN != 0).any():
         updated = row.update(kit, problems, practice, weight_TN)
     learns = (weight_TN != 0).any(1).tolist() if weight_TN is not None else [False] * T
     moved = [has and updated is not None and updated.ok[t] for t, has in enumerate(learns)]
-    marks.append(time.perf_counter())
+    marks.append(kit.clock())
     work = Work(problems, practice, weight_TN, updated, moved, None)
     before = [_tokens(work, t, row, gated[t], None) for t in range(T)]
     if kit.budget is not None:
         work = replace(work, left=[kit.budget - x.generated - x.trained for x in before])
     answered = row.answer(kit, work)
-    marks.append(time.perf_counter())
+    marks.append(kit.clock())
     seconds = Seconds(*[(after - before) / T for before, after in zip(marks, marks[1:], strict=False)])
 
     tokens = [_tokens(work, t, row, gated[t], answered[t]) for t in range(T)]
@@ -96,7 +95,7 @@ def carry_out(
     votes: list[list[Rollout]] = [[] for _ in problems]
     if baselines:
         same = [row.answer is greedy and not moved[t] for t in range(T)]
-        others = iter(greedily(kit, [p for p, done in zip(problems, same, strict=True) if not done], kit.one))
+        others = iter(greedily(kit, [p for p, done in zip(problems, same, strict=True) if not done]))
         base = [answered[t] if same[t] else next(others) for t in range(T)]
         have = practice.rollouts if practice and row.examples in OWN else [gate.drawn for gate in gated]
         spent = [x.generated + x.trained if kit.budget is None else kit.budget for x in tokens]

@@ -92,7 +92,7 @@ def draw_examples(
 ) -> list[list[Rollout]]:
     """The first half of `write_examples`: what the model writes."""
     asked = [prompts.generate(text, shots) for text, shots in zip(targets, generate_shots, strict=True)]
-    return _draw(lm, prompts, asked, seeds, sampling, adapter, None)
+    return draw(lm, prompts, asked, seeds, sampling, adapter)
 
 
 def read_examples(
@@ -273,17 +273,17 @@ def answer(
     many = adapter is not None and next(iter(adapter.values())).shape[0] > 1
     if adapter_of is None and many:
         adapter_of = range(len(targets))
-    return _draw(lm, prompts, asked, seeds, sampling, adapter, adapter_of if many else None)
+    return draw(lm, prompts, asked, seeds, sampling, adapter, adapter_of if many else None)
 
 
-def _draw(
+def draw(
     lm: LanguageModel,
     prompts: Prompts,
     asked: Seq[list[int]],
     seeds: Seq[Seq[int]],
     sampling: Sampling,
     adapter: Adapter | None,
-    adapter_of: Seq[int] | None,
+    adapter_of: Seq[int] | None = None,
 ) -> list[list[Rollout]]:
     """len(seeds[t]) continuations of prompt t, all in one batch; `adapter_of[t]` is the adapter of its rows."""
     rows = [(t, seed) for t, own in enumerate(seeds) for seed in own]

@@ -8,7 +8,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mass import blocks, checkpoint, engine, lora, memory, plan, scorer, vllm_engine
-from mass.batch import Sequence, pack
+from mass.batch import Packed, Sequence, pack
+from mass.blocks import attends_fully
 from mass.distributed import World
 from mass.engine import Outer
 from mass.errors import MassError
@@ -102,27 +103,24 @@ def _choose(
     world: World,
     saved: list[Any] | None,
 ) -> tuple[str, bool, bool, str]:
-    """(engine, recompute, first-order passes block by block, why). `auto` plans for the longest examples that may come; a resumed run keeps its choice."""
+    """(engine, recompute, first-order passes block by block, why). `auto` plans for the longest texts that may come; a
+    resumed run keeps its choice."""
     if recipe.inner.steps == 0:
         return NO_ENGINE, True, recipe.inner.checkpoint, "nothing is second-order without an inner loop"
     if mode != "auto":
         return mode, True, recipe.inner.checkpoint, "as the recipe says"
     if saved is not None and saved[0] != NO_ENGINE:
         return saved[0], saved[1], saved[2], "as the run began"
-    r, pad = recipe, lm.tokenizer.pad_token_id
-    asked = max((len(prompts.solve(task.problem.text)) for task in pool), default=64)
-    example = Sequence([pad] * (asked + r.generate.max_new_tokens), asked)
-    answer = Sequence([pad] * (asked + r.generate.answer_tokens), asked)
-    T = min(r.outer.tasks, r.outer.tasks_at_once or r.outer.tasks)
-    rollouts = r.outer.rollouts if r.outer.loss == "verifier" else 1
+    r = recipe
+    examples, answers = _longest(recipe, lm, prompts, pool)
     chosen: list[Any] = [None]
     if world.main:
         chosen[0] = memory.choose(
             lm.hf,
             parts,
             lora.LoraShape(r.lora.rank, r.lora.alpha, tuple(r.lora.targets)),
-            pack([[example] * r.generate.examples] * T, pad),
-            pack([[answer] * rollouts] * T, pad, share=blocks.attends_fully(lm.hf)),
+            examples,
+            answers,
             steps=r.inner.steps,
             memory_gb=r.meta_gradient.memory_gb,
             ranks=world.size if world.device.type == "cpu" else 1,
@@ -136,6 +134,28 @@ def _choose(
         dist.broadcast_object_list(chosen)
     choice = chosen[0]
     return choice.engine, choice.recompute, choice.checkpoint, choice.reason
+
+
+def _longest(recipe: Recipe, lm: LanguageModel, prompts: Prompts, pool: list[Task]) -> tuple[Packed, Packed]:
+    """The largest batches of examples and of answers that a step may have, packed as it packs them: the longest shots and
+    the longest problem of the pool, and every text as long as it may get."""
+    r, pad, share = recipe, lm.tokenizer.pad_token_id, attends_fully(lm.hf)
+    tasks = sorted(pool, key=lambda task: len(prompts.solve(task.problem.text, [_solved(task)])))
+    shots = [_solved(task) for task in tasks[len(tasks) - r.prompt.solve_shots :]]
+    asked = max((len(prompts.solve(task.problem.text, shots)) for task in tasks), default=64)
+    # what the prompts of a task's examples have in common; problem and solution together are what was generated
+    alike = len(prompts.solve("", shots))
+    examples: list[Sequence | None] = [
+        Sequence([pad] * alike + [n] * r.generate.max_new_tokens, alike) for n in range(r.generate.examples)
+    ]
+    answer = Sequence([pad] * (asked + r.generate.answer_tokens), asked)
+    T = min(r.outer.tasks, r.outer.tasks_at_once or r.outer.tasks)
+    rollouts = r.outer.rollouts if r.outer.loss == "verifier" else 1
+    return pack([examples] * T, pad, share=share), pack([[answer] * rollouts] * T, pad, share=share)
+
+
+def _solved(task: Task) -> tuple[str, str]:
+    return task.problem.text, task.solution
 
 
 def make_outer(recipe: Recipe, setting: Setting, world: World) -> Outer:

@@ -7,6 +7,7 @@ Unknown keys, wrong types and settings that contradict each other are collected 
 import argparse
 import dataclasses
 import difflib
+import itertools
 import json
 import operator
 import os
@@ -165,6 +166,10 @@ def _nearest(name: str) -> str:
     return f"The groups are {', '.join(field.name for field in dataclasses.fields(Recipe))}."
 
 
+# tasks to look at, and ranks to plan for, where no number is given
+_SIZE = {"--probe": 64, "--plan": 1}
+
+
 class Order(NamedTuple):
     """What a command line asks for: `probe`: how many tasks to look at (0: not asked for); `plan`: the machines to plan for."""
 
@@ -195,7 +200,6 @@ def command_line(argv: Sequence[str] | None, prog: str, description: str) -> Ord
         metavar="TASKS",
         type=int,
         nargs="?",
-        const=64,
         default=0,
         help="look at credit, features and inner.lr on so many tasks (64), and stop",
     )
@@ -203,12 +207,17 @@ def command_line(argv: Sequence[str] | None, prog: str, description: str) -> Ord
         "--plan",
         metavar="RANKSxGB",
         nargs="?",
-        const="1",
         help="print memory, work and traffic of a step on such machines (8x80: 8 ranks of 80 GB), and stop; no weights are loaded",
     )
     # the deepspeed launcher adds it; the environment says the same
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
-    known, unknown = parser.parse_known_intermixed_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    # without a size of its own: argparse would take the KEY=VALUE or the recipe behind it for one
+    words = [
+        f"{word}={_SIZE[word]}" if word in _SIZE and not after[:1].isdigit() else word
+        for word, after in itertools.pairwise([*words, ""])
+    ]
+    known, unknown = parser.parse_known_intermixed_args(words)
     # one rank of many says it
     speaks = os.environ.get("RANK", "0") == "0"
     try:

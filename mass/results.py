@@ -26,6 +26,9 @@ NOTES = (
     "after Holm's correction over all comparisons of the table.",
     "pass@n: share of the problems of which at least one of the arm's own n tries is right: as far as a perfect choice among "
     "them would reach. It is no method, and in no comparison.",
+    "Votes: what the tries of a vote come to by other rules. Row by row: each row of the answer by its own majority; one for all "
+    "rows: one vote on the method of a planted world, for all rows together; most generous: right by the whole answer or one "
+    "of these, every tie going to the truth. They are in no comparison.",
     "Tokens: generated plus trained (a trained token counts once for each inner step). FLOPs: 2 x weights for each generated "
     "token, 6 x weights for each trained one; prompts that are only read, and the scorer's reading, are not in it.",
     "Seconds: wall time of a batch over its problems, without loading the model and without verifying; problems a minute is its "
@@ -113,11 +116,13 @@ def _main(results: Mapping[str, Any]) -> Cells:
     against = {(x["arm"], x["against"]): x for x in results["comparisons"]}
     rivals = [rival for rival in RIVALS if any(x["against"] == rival for x in results["comparisons"])]
     tries = any(arm["tries"] for arm in arms)
+    rules = any(arm.get("vote_rules") for arm in arms)
     heads = [
         "arm",
         "accuracy",
         *(f"vs {rival}" for rival in rivals),
         *(["pass@n"] if tries else []),
+        *(["votes"] if rules else []),
         "tokens",
         "seconds",
         "FLOPs",
@@ -130,6 +135,7 @@ def _main(results: Mapping[str, Any]) -> Cells:
         cells = [arm["arm"], f"{arm['accuracy']:.3f}{_between(arm['interval'])}"]
         cells += [_compared(against.get((arm["arm"], rival))) for rival in rivals]
         cells += [_passed(arm["tries"])] if tries else []
+        cells += [_voted(arm.get("vote_rules"))] if rules else []
         minute = "-" if arm["per_minute"] is None else f"{arm['per_minute']:.1f}"
         cells += [f"{arm['tokens']:.0f}", f"{arm['seconds']:.3f}", f"{arm['flops']:.2e}", minute]
         cells += [str(arm["errors"] + arm["unverified"])] if failed else []
@@ -230,6 +236,15 @@ def _passed(tries: Mapping[str, Any] | None) -> str:
         return "-"
     least, most = tries["least"], tries["most"]
     return f"{tries['any']:.3f}\nn = {least}" + (f" to {most}" if most > least else "")
+
+
+RULE_NAMES = {"rows": "row by row", "one": "one for all rows", "generous": "most generous"}
+
+
+def _voted(rules: Mapping[str, Any] | None) -> str:
+    if rules is None:
+        return "-"
+    return "\n".join(f"{RULE_NAMES[rule]} {x['accuracy']:.3f}" for rule, x in rules.items())
 
 
 def _about(results: Mapping[str, Any]) -> str:

@@ -52,6 +52,7 @@ def _arm(name: str, rows: Iterable[Mapping[str, Any]]) -> tuple[dict[str, Any], 
     right: list[bool] = []
     sources: list[str] = []
     tries: list[tuple[int, int]] = []
+    rules: list[Mapping[str, bool | None]] = []
     count: Counter[str] = Counter()
     total = dict.fromkeys(("generated", "trained", "flops", *SECONDS), 0.0)
     scores = 0.0
@@ -64,6 +65,7 @@ def _arm(name: str, rows: Iterable[Mapping[str, Any]]) -> tuple[dict[str, Any], 
         # answers of an earlier version have none
         scores_of = row.get("tries", [])
         tries.append((len(scores_of), sum(score == 1.0 for score in scores_of)))
+        rules.append(row.get("vote_rules") or {})
         count["errors"] += row["error"] is not None
         count["no_answer"] += row["error"] is None and row["answer"] is None
         count["unverified"] += row["score"] is None
@@ -103,6 +105,7 @@ def _arm(name: str, rows: Iterable[Mapping[str, Any]]) -> tuple[dict[str, Any], 
         "interval": compare.interval(right_P),
         "score": scores / P,
         "tries": _tries(tries),
+        "vote_rules": _vote_rules(rules, right),
         **{key: count[key] for key in ("errors", "no_answer", "unverified", "examples", "valid", "copies")},
         "tokens": (total["generated"] + total["trained"]) / P,
         "generated": total["generated"] / P,
@@ -143,6 +146,16 @@ def _tries(of: Sequence[tuple[int, int]]) -> dict[str, Any] | None:
             for k in range(1, least + 1)
         ],
     }
+
+
+def _vote_rules(rules: Sequence[Mapping[str, bool | None]], right: Sequence[bool]) -> dict[str, Any] | None:
+    """Accuracy of a vote by each rule that there is for some problem; a problem without it goes by the arm's own answer."""
+    found = {}
+    for rule in dict.fromkeys(rule for own in rules for rule, x in own.items() if x is not None):
+        by_rule = [own.get(rule) for own in rules]
+        right_P = [whole if x is None else x for x, whole in zip(by_rule, right, strict=True)]
+        found[rule] = {"accuracy": float(np.mean(right_P)), "interval": compare.interval(right_P)}
+    return found or None
 
 
 def _histogram(good: Sequence[float], other: Sequence[float]) -> dict[str, list[float]]:

@@ -126,6 +126,14 @@ class Planted:
         right = known and solution == self._solve([int(x) for x in digits], self.rules[family][0])
         return Truth(right, target.split()[:1] == [family], None)
 
+    def read_rows(self, answer: str) -> list[str]:
+        """An answer is one row."""
+        return [answer]
+
+    def write_rows(self, problem: str, rows: Sequence[str]) -> str:
+        """The answer of a row."""
+        return rows[0]
+
     def _write(self, family: str, rng: random.Random) -> tuple[str, str]:
         right, wrong, share = self.rules[family]
         digits = [rng.randrange(10) for _ in range(4)]
@@ -233,6 +241,18 @@ class Families:
         holds = method == self._right(family)
         return Truth(holds and applied, kin, stated[-1] == ("yes" if holds else "no"))
 
+    def read_rows(self, answer: str) -> list[str]:
+        """The method that each row of an answer names; none for what does not have the form of rows."""
+        words = answer.split()
+        rows = [words[i : i + 5] for i in range(0, len(words), 5)]
+        formed = all(len(row) == 5 and row[1] == ":" and row[2] in METHODS for row in rows)
+        return [row[2] for row in rows] if formed else []
+
+    def write_rows(self, problem: str, rows: Sequence[str]) -> str:
+        """The answer to a target that applies these methods, a row each."""
+        start = [int(x) for x in problem.split()[3:5]]
+        return self._apply(start, [METHODS.index(row) for row in rows])
+
     def _chain(self, family: str, method: int) -> list[int]:
         found = []
         for symbol in family.split():
@@ -319,6 +339,16 @@ def entry(world: World) -> dict[str, Any]:
 def truth(entry: Mapping[str, Any], target: str, problem: str, solution: str) -> Truth:
     """Of an example made for a target of the world that `entry` describes."""
     return _restored(json.dumps(entry, sort_keys=True)).truth(target, problem, solution)
+
+
+def read_rows(entry: Mapping[str, Any], answer: str) -> list[str]:
+    """What a vote can be taken on in each row of an answer in the world that `entry` describes."""
+    return _restored(json.dumps(entry, sort_keys=True)).read_rows(answer)
+
+
+def write_rows(entry: Mapping[str, Any], problem: str, rows: Sequence[str]) -> str:
+    """The answer that such rows make."""
+    return _restored(json.dumps(entry, sort_keys=True)).write_rows(problem, rows)
 
 
 @functools.lru_cache

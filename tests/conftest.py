@@ -78,8 +78,8 @@ def kit() -> Kit:
 def handmade(monkeypatch: pytest.MonkeyPatch) -> None:
     """GOOD of tests/handmade.py as what the model writes, three tokens each."""
 
-    def write(
-        lm: LanguageModel, prompts: Any, targets: Sequence[str], *, solve_shots: Any, **_: Any
+    def read(
+        lm: LanguageModel, prompts: Any, targets: Sequence[str], rollouts: Any, solve_shots: Any
     ) -> Practice:
         ids = {p.text: p.id for p in PROBLEMS}
         examples = [
@@ -90,11 +90,11 @@ def handmade(monkeypatch: pytest.MonkeyPatch) -> None:
             for text in targets
         ]
         packed, valid_TN = pack_examples(lm, prompts, examples, solve_shots)
-        return Practice(
-            [], [[Rollout([1, 2, 3], [0.0] * 3, True, "")] * 3] * len(targets), examples, packed, valid_TN
-        )
+        return Practice([], rollouts, examples, packed, valid_TN)
 
-    monkeypatch.setattr(choices.examples, "write_examples", write)
+    three = [Rollout([1, 2, 3], [0.0] * 3, True, "")] * 3
+    monkeypatch.setattr(choices.examples, "written", lambda kit, asked, *_: [three] * len(asked))
+    monkeypatch.setattr(choices.examples, "read_examples", read)
 
 
 @pytest.fixture

@@ -119,7 +119,18 @@ def test_an_arm_answers_as_its_method_does_alone(run: Path, done: Path) -> None:
     assert first["flops"] == weights * (2 * first["tokens"]["generated"] + 6 * first["tokens"]["trained"])
     # a world judges practice, not own answers
     assert any(any(x is not None for x in row["truth"]) for row in found["mass"])
-    assert all(x is None for row in rows(done / "vote.jsonl") for x in row["truth"])
+    vote = rows(done / "vote.jsonl")
+    assert all(x is None for row in vote for x in row["truth"])
+    # of every row its method, in the third of five words
+    for row in vote:
+        named = [own for e in row["examples"] if len(own := e["solution"].split()[3::5]) == 4]
+        right = row["reference"].split()[2]
+        most = [max(column, key=column.count) for column in zip(*named, strict=True)]
+        assert row["vote_rules"]["rows"] == (most == [right] * 4)
+        every = [x for own in named for x in own]
+        assert row["vote_rules"]["one"] == (max(every, key=every.count) == right)
+        assert row["vote_rules"]["generous"] >= (every.count(right) == max(map(every.count, every)))
+    assert {row["vote_rules"]["one"] for row in vote} == {True, False}
 
 
 def test_every_try_of_a_vote_is_verified(run: Path, tmp_path: Path) -> None:
@@ -144,6 +155,12 @@ def test_every_try_of_a_vote_is_verified(run: Path, tmp_path: Path) -> None:
         not row["tries"] for row in rows(out / "none.jsonl")
     )
     assert all(row["score"] <= max(row["tries"]) for row in own)
+    # answers of one line; a tie is the truth's
+    leads = [
+        x in texts and texts.count(x) == max(map(texts.count, texts))
+        for x, texts in zip(answers, said, strict=True)
+    ]
+    assert [row["vote_rules"] for row in own] == [{"rows": None, "one": None, "generous": x} for x in leads]
     found = json.loads((out / "results.json").read_text())
     none, vote = found["arms"]
     any_right = sum(max(scores) for scores in wanted) / COUNT
@@ -151,13 +168,20 @@ def test_every_try_of_a_vote_is_verified(run: Path, tmp_path: Path) -> None:
     tries = vote["tries"]
     assert (tries["least"], tries["most"], tries["any"], tries["at"][3]) == (4, 4, any_right, any_right)
     assert tries["at"][0] == pytest.approx(np.mean(wanted)) and tries["at"] == sorted(tries["at"])
-    assert f"| {any_right:.3f} n = 4 |" in (out / "results.md").read_text()
+    assert set(vote["vote_rules"]) == {"generous"} and vote["accuracy"] < vote["vote_rules"]["generous"][
+        "accuracy"
+    ] == np.mean(leads)
+    assert (
+        f"| {any_right:.3f} n = 4 | most generous {np.mean(leads):.3f} |" in (out / "results.md").read_text()
+    )
     # an answer that is chosen among the tries has them; one that is learned from them has not
     with Verifier() as verifier:
         for method, has in (("pick", True), ("rpc", True), ("vds", False), ("ttrl", False), ("auto", False)):
             arm = arms.Arm(method, plan(str(run), None), method)
             record = Record("x", "", method, examples=(Made("", tasks[0].solution, 1.0, True, ""),))
             assert evaluate._tries(arm, tasks[0], record, verifier) == ([1.0] if has else [])
+            # theirs is no vote in which each try has one
+            assert evaluate._vote_rules(arm, tasks[0], record, [1.0], verifier) is None
 
 
 class Links(HTMLParser):
@@ -234,7 +258,8 @@ def killed(argv: list[str], calls: int) -> None:
 def test_a_killed_call_goes_on_to_the_same_files(run: Path, done: Path, tmp_path: Path) -> None:
     argv = ["--run", str(run), "--methods", ARMS, "--batch", "4", "--out", str(tmp_path / "out"), "--resume"]
     with Ranks() as ranks:
-        assert ranks("test_evaluate:killed", argv, 5).codes == [-signal.SIGKILL]
+        # in an arm that has its examples from another
+        assert ranks("test_evaluate:killed", argv, 11).codes == [-signal.SIGKILL]
         assert not (tmp_path / "out" / "results.json").exists()
         last = ranks("mass.evaluate:main", argv).good()
     assert "none: 10 of 10 problems have their answer" in last.err[0]

@@ -239,3 +239,25 @@ def test_memory_stays_flat_over_many_batches(llama: Any) -> None:
     for seed in range(500):
         batch(seed)
     assert held() <= before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_model_can_be_differentiated_after_it_has_written(dtype: torch.dtype) -> None:
+    """What a forward in inference mode makes must not stay in the model: a backward refuses it."""
+    lm = build(dtype=dtype)
+    # makes its frequencies anew for a long row
+    rope = lm.hf.model.rotary_emb
+    rope.rope_type, rope.config.rope_parameters["factor"] = "dynamic", 2.0
+    adapters = some_adapters(lm, 2)
+    ids = torch.tensor([[5, 6, 7, 8], [9, 8, 7, 6]])
+
+    def gradient() -> torch.Tensor:
+        leaf = {key: tensor.clone().requires_grad_() for key, tensor in adapters.items()}
+        with lora.using(lm.lora, leaf):
+            loss = lm.hf(ids).logits.float().logsumexp(-1).sum()
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(leaf.values()))])
+
+    before = gradient()
+    generate(lm, [[5, 6, 7], [8, 9]], seeds=[0, 1], max_new_tokens=300, adapter=adapters)
+    assert not any(tensor.is_inference() for tensor in [*lm.hf.parameters(), *lm.hf.buffers()])
+    torch.testing.assert_close(gradient(), before)

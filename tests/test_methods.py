@@ -200,13 +200,13 @@ def test_in_context_shows_the_best_examples_as_far_as_they_fit(
     kit: Kit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
-    answer = choices.kit.answer
+    greedily = choices.answers.greedily
 
     def spied(*args: Any, **keywords: Any) -> Any:
         seen.append(keywords["shots"])
-        return answer(*args, **keywords)
+        return greedily(*args, **keywords)
 
-    monkeypatch.setattr(choices.kit, "answer", spied)
+    monkeypatch.setattr(choices.answers, "greedily", spied)
     weights = torch.tensor([[0.5, 1.5, 1.0]])
     monkeypatch.setattr(choices.weights.scorer, "weights", lambda *_: weights)
     (record,) = solve(kit, PROBLEMS[:1], "in-context", baselines=False)

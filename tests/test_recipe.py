@@ -180,6 +180,12 @@ def test_probe_and_plan_are_asked_for_with_a_size_or_without(write, words, asked
         *asked,
     )
     assert command_line([str(path), *words, "--local_rank=0"], "", "") == (load(path), *asked)
+    # whatever follows is no size
+    assert command_line([str(path), *words, "inner.steps=3"], "", "") == (
+        load(path, ["inner.steps=3"]),
+        *asked,
+    )
+    assert command_line([*words, str(path)], "", "") == (load(path), *asked)
 
 
 def test_a_faulty_recipe_exits_with_2_and_one_message(write, capsys, monkeypatch):

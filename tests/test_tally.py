@@ -34,8 +34,8 @@ def test_a_table_from_rows_counted_by_hand() -> None:
     answers = {
         "none": [row(0.0), row(1.0), row(None, "b"), row(0.0, "b", answer=None)],
         "vote": [
-            row(0.0, tries=[0.0, 1.0, 0.0, 0.0]),
-            row(1.0, tries=[1.0, 1.0, None]),
+            row(0.0, tries=[0.0, 1.0, 0.0, 0.0], vote_rules={"rows": True, "one": None, "generous": True}),
+            row(1.0, tries=[1.0, 1.0, None], vote_rules={"rows": None, "one": None, "generous": True}),
             row(1.0, "b", tries=[1.0, 1.0, 1.0]),
             row(0.0, "b", error="too long", answer=None),
         ],
@@ -50,7 +50,11 @@ def test_a_table_from_rows_counted_by_hand() -> None:
     # by all subsets of 1, 2 and 3 tries; the problem that failed has none right
     at = [(1 / 4 + 2 / 3 + 1) / 4, (3 / 6 + 3 / 3 + 1) / 4, (3 / 4 + 1 + 1) / 4]
     assert vote["tries"] == {"least": 3, "most": 4, "any": 0.75, "at": pytest.approx(at)}
-    assert none["tries"] is None is mass["tries"]
+    assert none["tries"] is None is mass["tries"] and none["vote_rules"] is None
+    # where a rule says nothing the answer itself counts
+    interval = compare.interval([1, 1, 1, 0])
+    wanted = {"accuracy": 0.75, "interval": interval}
+    assert vote["vote_rules"] == {"rows": wanted, "generous": wanted}
     del answers["vote"][0]["tries"]  # of an earlier version
     assert tally.results(answers)["arms"][1]["tries"]["any"] == 0.5
     assert (none["unverified"], none["no_answer"], vote["errors"], vote["no_answer"]) == (1, 1, 1, 0)

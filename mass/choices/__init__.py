@@ -25,6 +25,7 @@ from mass.choices.kit import (
     Written,
     shots_for,
 )
+from mass.choices.texts import Texts
 from mass.choices.updates import fine_tuned, fine_tuned_on_best, policy_gradient
 from mass.choices.weights import (
     agreement,
@@ -43,6 +44,7 @@ __all__ = [
     "Kit",
     "Room",
     "Teacher",
+    "Texts",
     "Updated",
     "Work",
     "Written",

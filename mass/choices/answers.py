@@ -25,7 +25,7 @@ def greedy(kit: Kit, work: Work) -> list[Answered]:
     moved = [t for t, moved in enumerate(work.moved) if moved]
     adapter = select(work.updated.adapter, moved) if work.updated and moved else None
     found: dict[int, Answered] = dict(
-        zip(still, greedily(kit, [work.problems[t] for t in still], kit.one), strict=True)
+        zip(still, greedily(kit, [work.problems[t] for t in still]), strict=True)
     )
     found |= zip(moved, greedily(kit, [work.problems[t] for t in moved], adapter), strict=True)
     return [found[t] for t in range(len(work.problems))]
@@ -45,7 +45,7 @@ def in_context(kit: Kit, work: Work) -> list[Answered]:
             if e.valid and overlong(kit, kit.prompts.solve(p.text, [*own, *longer]), kit.answering) is None:
                 put = longer
         shots.append([*own, *put])
-    return greedily(kit, work.problems, kit.one, shots)
+    return greedily(kit, work.problems, shots=shots)
 
 
 def majority(kit: Kit, work: Work) -> list[Answered]:
@@ -100,7 +100,7 @@ def over_views(kit: Kit, work: Work) -> list[Answered]:
     said: dict[int, Answered] = {}
     for moved in (False, True):
         group = [i for i, (t, _) in enumerate(rows) if work.moved[t] is moved]
-        adapter = work.updated.adapter if work.updated and moved else kit.one
+        adapter = work.updated.adapter if work.updated and moved else None
         drawn = greedily(
             kit,
             [rows[i][1].problem for i in group],

@@ -3,14 +3,14 @@
 import math
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from typing import Any
 
 import numpy as np
 
 from mass.batch import Sequence, pack
 from mass.blocks import attends_fully
 from mass.choices.budget import fill, running
-from mass.choices.kit import Kit, Room, Written, sample, shots_for
+from mass.choices.kit import Kit, Room, Written, sample, shots_for, written
+from mass.choices.texts import Drawn
 from mass.choices.views import colours_of, seen_as
 from mass.errors import MassError
 from mass.generate import Rollout
@@ -18,12 +18,10 @@ from mass.grids import SYMMETRIES, View
 from mass.model import context_length
 from mass.practice import (
     Practice,
-    draw_examples,
     pack_examples,
     read_examples,
     seed_of,
     solve_sequence,
-    write_examples,
 )
 from mass.problems import Problem, content_key
 from mass.prompts import Example, filter_examples, parse_example
@@ -42,27 +40,21 @@ def self_made(kit: Kit, problems: Seq[Problem], room: Room) -> Practice:
             for p, own in zip(problems, which, strict=True)
         ]
 
-    asked: dict[str, Any] = {
-        "generate_shots": [s.generate for s in shots],
-        "adapter": kit.one,
-        "sampling": kit.writing,
-    }
+    asked = [kit.prompts.generate(text, s.generate) for text, s in zip(texts, shots, strict=True)]
     solve_shots = [s.solve for s in shots]
-    if room.tokens is None:
-        every = [range(kit.examples)] * len(problems)
-        return write_examples(
-            kit.lm, kit.prompts, texts, solve_shots=solve_shots, seeds=seeds(every), **asked
-        )
 
-    def draw(which: list[range]) -> list[list[Rollout]]:
-        return draw_examples(kit.lm, kit.prompts, texts, seeds=seeds(which), **asked)
+    def draw(which: Seq[range]) -> Drawn:
+        return written(kit, asked, seeds(which), kit.writing)
 
     def cost(t: int, own: list[Rollout]) -> list[int]:
         read = filter_examples([parse_example(r.text, finished=r.finished) for r in own], texts[t])
         return _cost(kit, room, solve_shots[t], own, read)
 
-    longest = kit.writing.max_new_tokens * (1 + room.passes)
-    rollouts = fill(room.tokens, longest, draw, cost, [[] for _ in problems])
+    if room.tokens is None:
+        rollouts = draw([range(kit.examples)] * len(problems))
+    else:
+        longest = kit.writing.max_new_tokens * (1 + room.passes)
+        rollouts = fill(room.tokens, longest, draw, cost, [[] for _ in problems])
     return read_examples(kit.lm, kit.prompts, texts, rollouts, solve_shots)
 
 

@@ -1,5 +1,8 @@
-"""What all choices work with: the kit, the room that a budget leaves, and the model's own answers."""
+"""What all choices work with: the kit, the room that a budget leaves, and what the policy writes."""
 
+import functools
+import hashlib
+import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
@@ -9,13 +12,14 @@ from torch import Tensor
 
 from mass import scorer
 from mass.blocks import Split
+from mass.choices.texts import Drawn, Texts
 from mass.chooser import Chooser
 from mass.demonstrations import stated
 from mass.generate import Rollout
 from mass.lora import Adapter, expand, fresh
 from mass.model import LanguageModel, context_length
 from mass.optimizers import Rule
-from mass.practice import Practice, Sampling, answer, seed_of
+from mass.practice import Practice, Sampling, answer, draw, seed_of
 from mass.problems import Problem, Task
 from mass.prompts import Prompts, Shots, pick_shots
 from mass.rewards import find_answer
@@ -44,6 +48,7 @@ class Kit:
     knobs          settings of single methods; chooser: of `auto`
     truth          (target, example's problem, its solution) -> what a planted world knows of it, for `oracle` alone
     recompute      block by block in the update: less memory, more time (needs `parts`)
+    texts          what kits of the same base model have drawn; None: each call draws
     """
 
     lm: LanguageModel
@@ -74,11 +79,26 @@ class Kit:
     knobs: Knobs = Knobs()
     chooser: Chooser | None = None
     truth: Callable[[Problem, str, str], Truth | None] | None = None
+    texts: Texts | None = None
 
     @property
     def one(self) -> Adapter | None:
         """The policy as an adapter of one task."""
         return None if self.policy is None else expand(self.policy, 1)
+
+    @functools.cached_property
+    def writer(self) -> str:
+        """A hash of what stands on the base model when the policy writes: its values, and where and how they count."""
+        digest = hashlib.sha256(repr(self.lm.shape).encode())
+        for key, tensor in sorted((self.policy or {}).items()):
+            digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def clock(self) -> float:
+        """Seconds for differences. Texts that were there already count with what drawing them took, so that a method is
+        charged as if it were alone."""
+        return time.perf_counter() + (self.texts.spared if self.texts else 0.0)
 
 
 @dataclass(frozen=True)
@@ -161,20 +181,26 @@ def beginning(kit: Kit) -> Adapter:
     return fresh(kit.lm.lora, kit.lm.shape.rank, torch.Generator().manual_seed(seed_of(kit.seed, "fresh")))
 
 
-def sample(kit: Kit, problems: Seq[Problem], which: Seq[Seq[int]]) -> list[list[Rollout]]:
+def written(kit: Kit, asked: Seq[list[int]], seeds: Seq[Seq[int]], sampling: Sampling) -> Drawn:
+    """What the policy writes behind each prompt (token ids), once for each of its seeds."""
+
+    def anew() -> Drawn:
+        return draw(kit.lm, kit.prompts, asked, seeds, sampling, kit.one)
+
+    if kit.texts is None:
+        return anew()
+    ends = kit.prompts.stop_ids, kit.prompts.stop_strings
+    call = repr((kit.writer, list(asked), list(map(list, seeds)), sampling, ends))
+    return kit.texts.draw(hashlib.sha256(call.encode()).hexdigest(), anew)
+
+
+def sample(kit: Kit, problems: Seq[Problem], which: Seq[Seq[int]]) -> Drawn:
     """The policy's own solutions of each problem, by number: number j of a problem is always the same."""
-    return answer(
-        kit.lm,
-        kit.prompts,
-        [p.text for p in problems],
-        shots=[shots_for(kit, p).solve for p in problems],
-        adapter=kit.one,
-        sampling=kit.answering,
-        seeds=[
-            [seed_of(kit.seed, "answer", p.text, j) for j in own]
-            for p, own in zip(problems, which, strict=True)
-        ],
-    )
+    asked = [kit.prompts.solve(p.text, shots_for(kit, p).solve) for p in problems]
+    seeds = [
+        [seed_of(kit.seed, "answer", p.text, j) for j in own] for p, own in zip(problems, which, strict=True)
+    ]
+    return written(kit, asked, seeds, kit.answering)
 
 
 def overlong(kit: Kit, prompt: Seq[int], sampling: Sampling) -> str | None:
@@ -190,21 +216,28 @@ def overlong(kit: Kit, prompt: Seq[int], sampling: Sampling) -> str | None:
 def greedily(
     kit: Kit,
     problems: Seq[Problem],
-    adapter: Adapter | None,
+    updated: Adapter | None = None,
     shots: Seq[Seq[tuple[str, str]]] | None = None,
     adapter_of: Seq[int] | None = None,
 ) -> list[Answered]:
-    """The likeliest text of each problem, token by token. `adapter_of[i]` is the adapter of problem i, by default i."""
+    """The likeliest text of each problem, token by token, by the policy; with `updated` adapters by those, problem i by
+    number adapter_of[i], by default i."""
     if not problems:
         return []
-    drawn = answer(
-        kit.lm,
-        kit.prompts,
-        [p.text for p in problems],
-        shots=[shots_for(kit, p).solve for p in problems] if shots is None else shots,
-        adapter=adapter,
-        sampling=replace(kit.answering, temperature=0.0),
-        seeds=[[0]] * len(problems),
-        adapter_of=adapter_of,
-    )
+    shots = [shots_for(kit, p).solve for p in problems] if shots is None else shots
+    sampling, seeds = replace(kit.answering, temperature=0.0), [[0]] * len(problems)
+    if updated is None:
+        asked = [kit.prompts.solve(p.text, own) for p, own in zip(problems, shots, strict=True)]
+        drawn = written(kit, asked, seeds, sampling)
+    else:
+        drawn = answer(
+            kit.lm,
+            kit.prompts,
+            [p.text for p in problems],
+            shots=shots,
+            adapter=updated,
+            sampling=sampling,
+            seeds=seeds,
+            adapter_of=adapter_of,
+        )
     return [Answered(find_answer(r.text), r.text, len(r.tokens), r.finished) for (r,) in drawn]

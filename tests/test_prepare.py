@@ -1,0 +1,56 @@
+"""mass.prepare: what a run is planned for, before its first step."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mass import memory, prepare
+from mass.batch import Packed
+from mass.distributed import World
+from mass.practice import pack_examples, solve_sequence
+from mass.prompts import Example
+from mass.recipe import load
+from mass.setting import draw_shots
+from mass.splits import Cursor
+
+ROOT = Path(__file__).parent.parent
+T, N = 2, 3
+
+
+@pytest.mark.parametrize("shots", [0, 3])
+def test_auto_plans_for_the_shots_that_a_step_shows(shots: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned: list[Packed] = []
+
+    def choose(hf: Any, parts: Any, shape: Any, inner: Packed, outer: Packed, **_: Any) -> memory.Choice:
+        planned.extend((inner, outer))
+        return memory.Choice("reverse", True, False, memory.Peak(0, 0, 0), "")
+
+    monkeypatch.setattr(memory, "choose", choose)
+    recipe = load(
+        ROOT / "recipes/smoke.yaml",
+        [
+            f"outer.tasks={T}",
+            f"generate.examples={N}",
+            f"prompt.solve_shots={shots}",
+            "prompt.pool=8",
+            "meta_gradient.mode=auto",
+        ],
+    )
+    tasks, _, pool = prepare.tasks_of(recipe)
+    setting, _ = prepare.make_setting(recipe, World(0, 1, torch.device("cpu")), pool, None)
+    some = Cursor(tasks, 0).next(T)
+    shown = [own.solve for own in draw_shots(setting, some)]
+    # as long as it may get: what is generated is the problem, the line break with "Solution: ", and the solution
+    text = "x" * (recipe.generate.max_new_tokens - len("0\nSolution: 1"))
+    own = [Example(f"{n}{text}", "1", True, "") for n in range(N)]
+    packed, valid_TN = pack_examples(setting.lm, setting.prompts, [own] * T, shown)
+    inner, outer = planned
+    assert valid_TN.all()
+    assert inner.length_TN.shape == (T, N) and (inner.length_TN >= packed.length_TN).all()
+    # the shots stand once in a row, as in the step: planned for is what is there, and little more
+    assert packed.size <= inner.size <= 1.2 * packed.size
+    for task, own_shots in zip(some, shown, strict=True):
+        asked = solve_sequence(setting.prompts, task.problem.text, task.solution, own_shots).prompt
+        assert asked <= outer.length_TN[0, 0] - recipe.generate.answer_tokens
