@@ -6,7 +6,6 @@ back, and a packed layer adds the adapters' update before it rounds, where other
 """
 
 import contextlib
-import functools
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,8 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mass import lora
+from mass import lora, rowkernel
 from mass.kvcache import RowTable
+from mass.rowkernel import RowUpdates
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -89,23 +89,28 @@ class RowAdapters:
 
     Rows of one adapter form one matrix product. Adapters that no row uses any more are left out of it when
     they have become half of all. Layers that are called with one and the same tensor (q, k and v; gate and up)
-    share the product by A: the first forward shows which they are. Where every row is one token on a CPU, the products
-    by B are weighted sums of B's rows, in the base's dtype.
+    share the product by A: the first forward shows which they are. Where every row is one token on a CPU, both
+    products are compiled code (`rowkernel`), with adapters in the base's dtype; `traced` says that the forward will be
+    traced, which wants operations of PyTorch.
     """
 
-    def __init__(self, layers: lora.Layers, adapter: Mapping[str, Tensor]) -> None:
-        self.layers = layers
+    def __init__(self, layers: lora.Layers, adapter: Mapping[str, Tensor], traced: bool = False) -> None:
+        self.layers, self.traced = layers, traced
         self.adapter = {key: tensor.detach() for key, tensor in adapter.items()}
         self.names = sorted({key.rpartition(".")[0] for key in adapter})
-        self.device = next(iter(self.adapter.values())).device
+        self.count, self.device = (
+            len(self.adapter[f"{self.names[0]}.A"]),
+            self.adapter[f"{self.names[0]}.A"].device,
+        )
         self.base_type = layers[self.names[0]].weight.dtype
         # layers that share an input; empty until a forward has shown them
         self.groups: list[list[str]] = []
         self.used: list[int] = []
         self.place_B: list[int] = []
-        # whether every row is one token on a CPU, and whether each is the only one of its adapter, too
-        self.summed = self.alone = False
+        self.compiled = False
         self.dtype = torch.float32
+        # A [T, R, I] and scaled B [T, R, O] by dtype; made once for the prompts and the steps after them
+        self.scaled: dict[torch.dtype, lora.Adapter] = {}
         self.stacks: list[_Stack] = []
         self.forwards: dict[str, Forward] = {}
         self.table = RowTable([], 0, self.device)
@@ -116,23 +121,22 @@ class RowAdapters:
 
     def apart(self) -> "RowAdapters":
         """The same adapters for other rows; either learns from the other's forward which layers share an input."""
-        other = RowAdapters(self.layers, self.adapter)
-        other.groups = self.groups
+        other = RowAdapters(self.layers, self.adapter, self.traced)
+        other.groups, other.scaled = self.groups, self.scaled
         return other
 
     def set_rows(self, index: Sequence[int], tokens: int = 1) -> None:
         """From now on the model's input has one row of `tokens` tokens for each entry."""
         if not index:
             return
-        # in the rows' order: rows that come sorted by adapter then need no other order
-        used = list(dict.fromkeys(index))
-        if not set(used) <= set(self.used) or 2 * len(used) <= len(self.used):
+        compiled = tokens == 1 and not self.traced and rowkernel.works_for(self.base_type, self.device)
+        # compiled code reads no adapter that no row has; the others are laid out in the rows' order: rows that come
+        # sorted by adapter then need no other order
+        used = list(range(self.count)) if compiled else list(dict.fromkeys(index))
+        if compiled != self.compiled or not set(used) <= set(self.used) or 2 * len(used) <= len(self.used):
             many = len(index) * tokens >= ROWS_FOR_BASE_TYPE * len(used) or self.device.type != "cpu"
-            self.summed = tokens == 1 and self.device.type == "cpu"
-            # in fp32 MKL's product by A is the faster one
-            self.alone = self.summed and len(index) == len(used) and self.base_type.itemsize < 4
-            self.dtype = self.base_type if many or self.alone else torch.float32
-            self.used, self.stacks = used, []
+            self.dtype = self.base_type if many or compiled else torch.float32
+            self.compiled, self.used, self.stacks = compiled, used, []
         self.forwards = {}
         place = {adapter: i for i, adapter in enumerate(self.used)}
         self.place_B = [place[i] for i in index]
@@ -140,17 +144,23 @@ class RowAdapters:
         self.shape += 1
 
     def _lay_out(self) -> None:
-        every = self.used == list(range(len(next(iter(self.adapter.values())))))
-        chosen = self.adapter if every else lora.select(self.adapter, self.used)
+        if self.dtype not in self.scaled:
+            self.scaled[self.dtype] = {key: self._scaled(key) for key in self.adapter}
+        chosen = self.scaled[self.dtype]
+        if self.used != list(range(self.count)):
+            chosen = lora.select(chosen, self.used)
         for names in self.groups or [[name] for name in self.names]:
-            a = [chosen[f"{name}.A"].to(self.dtype) for name in names]
+            a = [chosen[f"{name}.A"] for name in names]
             a_TKI = a[0] if len(a) == 1 else torch.cat(a, 1)
-            # scaled before it is rounded
-            dtype = self.base_type if self.summed else self.dtype
-            b = [(chosen[f"{name}.B"] * self.layers[name].scale).to(dtype).mT for name in names]
+            b = [chosen[f"{name}.B"] for name in names]
             self.stacks.append(_Stack(names, [len(a_TRI[0]) for a_TRI in a], a_TKI, b))
-            if self.summed:
-                self.stacks[-1] = self.stacks[-1].with_tables(of_a=self.alone)
+
+    def _scaled(self, key: str) -> Tensor:
+        """A tensor of the adapter as products take it; B is scaled before it is rounded."""
+        name, _, kind = key.rpartition(".")
+        if kind == "A":
+            return self.adapter[key].to(self.dtype).contiguous()
+        return (self.adapter[key] * self.layers[name].scale).to(self.dtype).mT.contiguous()
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
@@ -159,10 +169,9 @@ class RowAdapters:
             self._lay_out()
         calls: list[list[str]] | None = None if self.groups else []
         if calls is not None or not self.forwards:
-            # layers alike in shape share the index
-            indices = functools.cache(self._index_a), functools.cache(self._index_b)
+            places: dict[tuple[int, int], Tensor] = {}
             for stack in self.stacks:
-                make = self._summing(stack, *indices) if self.summed else self._multiplying(stack)
+                make = self._updating(stack, places) if self.compiled else self._multiplying(stack)
                 self.forwards |= zip(stack.names, make, strict=True)
         try:
             for name, forward in self.forwards.items():
@@ -218,26 +227,13 @@ class RowAdapters:
         for at, (name, b_TRO) in enumerate(zip(stack.names, stack.b, strict=True)):
             yield forward_of(self.layers[name].base, at, b_TRO)
 
-    def _summing(
-        self, stack: "_Stack", index_a: Callable[..., "_Index"], index_b: Callable[..., "_Index"]
-    ) -> Iterator[Forward]:
-        """The same for rows of one token: each row's update is a weighted sum of rows of a table.
-
-        On a CPU these are fewer operations, and they read bf16 at nearly the speed of memory, which its `bmm` does not.
-        """
-        by_a = index_a(len(stack.a) // len(self.used)) if self.alone else None
-        by_b = [index_b(tuple(layers), tuple(stack.ranks)) for layers in stack.alike]
-        order = [layer for layers in stack.alike for layer in layers]
-
-        def updates(x: Tensor) -> Sequence[Tensor]:
-            if by_a:
-                low = _sums(stack.a, by_a, x.flatten()).flatten()
-            else:
-                low = self._low(x, stack.a).to(self.base_type).flatten()
-            update: list[Tensor] = []
-            for table, layers, own in zip(stack.b, stack.alike, by_b, strict=True):
-                update += _sums(table, own, low).view(len(layers), x.shape[0], 1, -1).unbind()
-            return update
+    def _updating(self, stack: "_Stack", places: dict[tuple[int, int], Tensor]) -> Iterator[Forward]:
+        """The same for rows of one token on a CPU. `places`: where updates go, which stacks share: each is added before
+        the next stack's are made."""
+        shapes = [(at, b_TRO.shape[2]) for at, b_TRO in enumerate(stack.b)]
+        for at, width in shapes:
+            places.setdefault((at, width), stack.a.new_empty(len(self.place_B), 1, width))
+        updates = RowUpdates(stack.a, stack.b, [places[shape] for shape in shapes], self.place_B)
 
         def forward_of(base: nn.Module, at: int) -> Forward:
             # called without the module around it, which takes as long as a small product
@@ -249,8 +245,8 @@ class RowAdapters:
 
             return forward
 
-        for layer, name in enumerate(stack.names):
-            yield forward_of(self.layers[name].base, order.index(layer))
+        for at, name in enumerate(stack.names):
+            yield forward_of(self.layers[name].base, at)
 
     def _once(self, make: Callable[[Tensor], Sequence[Tensor]], x: Tensor) -> Sequence[Tensor]:
         """What `make` makes of x, which the layers of one stack share."""
@@ -268,37 +264,6 @@ class RowAdapters:
             return torch.bmm(a_TKI, x_TNI.mT).mT
         return torch.bmm(x_TNI, a_TKI.mT)
 
-    def _index_a(self, width: int) -> "_Index":
-        """For the rows' products by A, whose table has `width` rows an adapter."""
-        row_BI = torch.tensor(self.place_B)[:, None] * width + torch.arange(width)
-        return _Index(row_BI.flatten().int(), torch.arange(0, row_BI.numel(), width).int(), None)
-
-    def _index_b(self, layers: tuple[int, ...], ranks: tuple[int, ...]) -> "_Index":
-        """For the rows' products by the B of these layers of a stack, from its product by A."""
-        rank, r_R = ranks[layers[0]], torch.arange(ranks[layers[0]])
-        in_order = self.alone or self.table.regular
-        at_B = torch.arange(len(self.place_B)) if in_order else self.table.back
-        layer_M, start_M = torch.arange(len(layers)), torch.tensor([sum(ranks[:layer]) for layer in layers])
-        adapter_MB = layer_M[:, None] * len(self.used) + torch.tensor(self.place_B)
-        row_MBR = adapter_MB[:, :, None] * rank + r_R
-        place_MBR = (start_M[:, None] + at_B * sum(ranks))[:, :, None] + r_R
-        place = None if in_order and len(ranks) == 1 else place_MBR.flatten().int()
-        return _Index(row_MBR.flatten().int(), torch.arange(0, row_MBR.numel(), rank).int(), place)
-
-
-class _Index(NamedTuple):
-    """Sums over a table: whose rows, where each sum of them begins, and the place of each row's weight among those given."""
-
-    row: Tensor
-    begin: Tensor
-    place: Tensor | None
-
-
-def _sums(table: Tensor, index: _Index, weight: Tensor) -> Tensor:
-    if index.place is not None:
-        weight = weight.index_select(0, index.place)
-    return torch.embedding_bag(table, index.row, index.begin, mode=0, per_sample_weights=weight)[0]
-
 
 class _Stack(NamedTuple):
     """The adapters of layers that share an input: their A, of these ranks, stand in one stack; each B is scaled."""
@@ -306,15 +271,6 @@ class _Stack(NamedTuple):
     names: list[str]
     ranks: list[int]
     a: Tensor
-    """[T, K, I], K the sum of the ranks; as a table [T * I, K]."""
+    """[T, K, I], K the sum of the ranks."""
     b: list[Tensor]
-    """[T, R, O] of each layer; as tables [M * T * R, O], one for each entry of `alike`, which are the layers of one shape."""
-    alike: Sequence[Sequence[int]] = ()
-
-    def with_tables(self, of_a: bool) -> "_Stack":
-        shapes: dict[torch.Size, list[int]] = {}
-        for layer, b_TRO in enumerate(self.b):
-            shapes.setdefault(b_TRO.shape, []).append(layer)
-        tables = [torch.stack([self.b[i] for i in layers]).flatten(0, 2) for layers in shapes.values()]
-        a = self.a.mT.contiguous().flatten(0, 1) if of_a else self.a
-        return self._replace(a=a, b=tables, alike=list(shapes.values()))
+    """[T, R, O] of each layer."""

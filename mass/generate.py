@@ -162,11 +162,12 @@ def _decode(
     how: How,
 ) -> None:
     """Fill the rows' tokens, log-probs and ends."""
-    # the longest first; neighbours share a prompt and an adapter, or nearly a length
-    waiting = sorted(rows, key=lambda row: (len(row.prompt), row.adapter, row.prompt))
+    # taken from the end, so the longest first, and those of one length by adapter; neighbours share a prompt and an
+    # adapter, or nearly a length
+    waiting = sorted(rows, key=lambda row: (len(row.prompt), -row.adapter, row.prompt))
     slots = min(batch_rows, len(rows))
     cache = RowCache(_layer_count(lm.hf), slots, lm.device, fixed=how != "eager")
-    adapters = RowAdapters(lm.lora, adapter) if adapter else None
+    adapters = RowAdapters(lm.lora, adapter, traced=how != "eager") if adapter else None
     step = DecodeStep(lm, cache, adapters, how)
     live: list[_Row] = []
     uniform_BSU = row_uniforms([], max_new_tokens, cuts)

@@ -69,8 +69,8 @@ def test_rows_sorted_by_adapter_either_way_are_not_put_in_another_order() -> Non
     rows = RowAdapters(lm.lora, some_adapters(lm, 3))
     x = torch.randn(6, 1, 64)
     layer = next(iter(lm.lora.values()))
-    for index, moved in (([0, 0, 1, 1, 2, 2], 0), ([2, 2, 1, 1, 0, 0], 0), ([0, 1, 0, 1, 2, 2], 1)):
-        rows = RowAdapters(lm.lora, rows.adapter)
+    for index, moved in (([0, 0, 1, 1, 2, 2], 0), ([2, 2, 1, 1, 0, 0], 0), ([0, 1, 0, 1, 2, 2], 2)):
+        rows = RowAdapters(lm.lora, rows.adapter, traced=True)
         rows.set_rows(index)
         with torch.no_grad(), rows.applied():
             assert operations(lambda: layer(x)).get("aten::index", 0) == moved
@@ -99,7 +99,7 @@ def test_rows_of_one_adapter_and_prompt_share_its_forward() -> None:
 
 def test_the_prompts_forward_shows_the_decode_step_which_layers_share_an_input() -> None:
     lm = build()
-    adapters = RowAdapters(lm.lora, some_adapters(lm, 2))
+    adapters = RowAdapters(lm.lora, some_adapters(lm, 2), traced=True)
     first = adapters.apart()
     ids = torch.tensor([[5, 6, 7], [8, 9, 3]])
     first.set_rows([0, 1], tokens=3)
