@@ -63,6 +63,19 @@ def test_divergence_and_its_gradient_equal_autograd_through_the_models_logits(na
         assert error(grad, want) < 1e-12
 
 
+@pytest.mark.parametrize("dtype,bound", [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
+def test_low_precision_bases(dtype: torch.dtype, bound: float) -> None:
+    """Divergences are fp32 over a bf16 base; the error is the base's own rounding."""
+    world = worlds.make_huggingface("llama", dtype)
+    want = with_kl(worlds.in_float64(world), None)
+    for parts in (None, world.parts):
+        got = with_kl(world, parts)
+        assert got[1].dtype == torch.float32
+        assert all(error(x, y) < bound for x, y in zip(got, want, strict=True)), [
+            error(x, y) for x, y in zip(got, want, strict=True)
+        ]
+
+
 def test_gradient_of_the_divergence_equals_numeric_differences() -> None:
     world = worlds.shared()
     _, _, grad = with_kl(world, None)
