@@ -94,8 +94,8 @@ def token_values(
     reference_MD: Tensor | None = None,
     entropy: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """log p(target token), and of the whole distribution that the token comes from KL(p || reference) and, if asked for,
-    the entropy, in nats, [M] each, once differentiable. The KL is None without `reference_states`."""
+    """log p(target token), and of the whole distribution that the token comes from KL(p || reference) and the entropy, in nats,
+    [M] each, once differentiable. None what is not asked for. `reference_MD`: `reference_states` on the same batch."""
     with using(layers, adapter), tiled(packed):
         hidden_MD = _body(hf, packed).flatten(0, 1)[packed.place_M]
     found = list(_Head.apply(hidden_MD, packed.label_M, hf, reference_MD, entropy))
@@ -126,7 +126,8 @@ def loss_and_grad(
     """`loss(logprob_M)` (a scalar), the log-probabilities, and the loss's gradient by the adapter.
 
     `reference_MD`: `reference_states` on the same batch; then it is `loss(logprob_M, kl_M)`, with the KL divergence in nats of
-    the whole next-token distribution from the reference's at each target token. `parts`: recompute block by block (the memory of one block's activations, half as much time again).
+    the whole next-token distribution from the reference's at each target token.
+    `parts`: recompute block by block (the memory of one block's activations, half as much time again).
     """
     if packed.label_M.numel() == 0:
         nothing = torch.zeros(0, device=packed.label_M.device)
