@@ -17,7 +17,7 @@ from torch import Tensor
 from mass import metagrad, outer, scorer
 from mass.batch import Packed, Sequence, pack
 from mass.blocks import attends_fully
-from mass.forward import loss_and_grad, token_logprobs
+from mass.forward import loss_and_grad, reference_states
 from mass.lora import Adapter, expand
 from mass.metagrad import MetaGradient
 from mass.metrics import step_metrics, truth_metrics
@@ -252,17 +252,15 @@ def _generator_gradient(
             flags = [x for pair in pairs for x in unrewarded(lm, *pair, recipe.outer.reward)]
             unrewarded_M = torch.tensor(flags, device=lm.device)
         share = advantage_TN[first : first + height]
-        base_M = None
-        if recipe.outer.beta > 0 or (apart and recipe.outer.beta_check > 0):
-            with torch.no_grad():
-                base_M = token_logprobs(lm.hf, lm.lora, packed, None)
+        held = recipe.outer.beta > 0 or (apart and recipe.outer.beta_check > 0)
+        base_MD = reference_states(lm.hf, lm.lora, packed, None) if held else None
         seen: list[Tensor] = []
 
         def loss(
             logprob_M: Tensor,
+            kl_M: Tensor | None = None,
             packed: Packed = packed,
             old_M: Tensor = old_M,
-            base_M: Tensor | None = base_M,
             share: Tensor = share,
             unrewarded_M: Tensor | None = unrewarded_M,
             seen: list[Tensor] = seen,
@@ -271,7 +269,7 @@ def _generator_gradient(
                 packed,
                 logprob_M,
                 old_M,
-                base_M,
+                kl_M,
                 share,
                 ratio_clip=recipe.outer.ratio_clip,
                 beta=recipe.outer.beta,
@@ -282,7 +280,7 @@ def _generator_gradient(
             return scale * loss_TN.sum()
 
         parts = setting.parts if setting.checkpoint else None
-        _, _, grad = loss_and_grad(lm.hf, lm.lora, packed, one, loss, parts=parts)
+        _, _, grad = loss_and_grad(lm.hf, lm.lora, packed, one, loss, reference_MD=base_MD, parts=parts)
         kl_sum += seen[0].item()
         for key, g in grad.items():
             gradients[f"policy/{key}"] += g.squeeze(0)

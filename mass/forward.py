@@ -1,12 +1,14 @@
-"""Log-probabilities of target tokens, and first-order gradients of losses made of them.
+"""Log-probabilities of target tokens, the KL divergence of their distributions from a reference's, and first-order
+gradients of losses made of them.
 
 Two routes to the same numbers: `plain` lets autograd keep every activation; with a `Split` the blocks are recomputed one
 by one in the backward pass, so that a gradient holds one block's activations. Logits exist for one chunk of target
-tokens at a time: a token's log-probability depends on its own hidden state alone, so its derivative J_MD (the size of
-the hidden states) is taken at once and the vocabulary is never kept.
+tokens at a time: what is read off a token's logits depends on its own hidden state alone, so its derivative J_MD (the
+size of the hidden states) is taken at once and the vocabulary is never kept. Of a reference, too, only hidden states are.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -73,16 +75,33 @@ def token_logprobs(
     hidden_MD = hidden_BSD.flatten(0, 1)[packed.place_M]
     if second_order:
         return pick(logits(hf, hidden_MD), packed.label_M)
-    return _HeadLogprob.apply(hidden_MD, packed.label_M, hf)
+    return _Head.apply(hidden_MD, packed.label_M, hf, None, False)[0]
 
 
-def logprobs_and_entropies(
-    hf: PreTrainedModel, layers: Layers, packed: Packed, adapter: Adapter | None
-) -> tuple[Tensor, Tensor]:
-    """log p(target token) and the entropy in nats of the distribution it comes from, [M] each, once differentiable."""
+def reference_states(hf: PreTrainedModel, layers: Layers, packed: Packed, adapter: Adapter | None) -> Tensor:
+    """What the head reads at each target token, [M, D], without a graph: a reference policy, kept small (the head has no
+    adapter, so the logits follow from it). `adapter` None: the base model."""
+    with torch.no_grad(), using(layers, adapter), tiled(packed):
+        return _body(hf, packed).flatten(0, 1)[packed.place_M]
+
+
+def token_values(
+    hf: PreTrainedModel,
+    layers: Layers,
+    packed: Packed,
+    adapter: Adapter | None,
+    *,
+    reference_MD: Tensor | None = None,
+    entropy: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """log p(target token), and of the whole distribution that the token comes from KL(p || reference) and the entropy, in nats,
+    [M] each, once differentiable. None what is not asked for. `reference_MD`: `reference_states` on the same batch."""
     with using(layers, adapter), tiled(packed):
         hidden_MD = _body(hf, packed).flatten(0, 1)[packed.place_M]
-    return _HeadLogprob.apply(hidden_MD, packed.label_M, hf), _HeadEntropy.apply(hidden_MD, hf)
+    found = list(_Head.apply(hidden_MD, packed.label_M, hf, reference_MD, entropy))
+    entropy_M = found.pop() if entropy else None
+    kl_M = found.pop() if reference_MD is not None else None
+    return found.pop(), kl_M, entropy_M
 
 
 def example_loss(packed: Packed, logprob_M: Tensor) -> Tensor:
@@ -90,7 +109,8 @@ def example_loss(packed: Packed, logprob_M: Tensor) -> Tensor:
     return -packed.mean_by_example(logprob_M)
 
 
-Loss = Callable[[Tensor], Tensor]
+# of log-probabilities [M]; where there is a reference, of them and of the divergences from it [M]
+Loss = Callable[..., Tensor]
 
 
 def loss_and_grad(
@@ -100,20 +120,24 @@ def loss_and_grad(
     adapter: Adapter,
     loss: Loss,
     *,
+    reference_MD: Tensor | None = None,
     parts: Split | None = None,
 ) -> tuple[Tensor, Tensor, Adapter]:
     """`loss(logprob_M)` (a scalar), the log-probabilities, and the loss's gradient by the adapter.
 
+    `reference_MD`: `reference_states` on the same batch; then it is `loss(logprob_M, kl_M)`, with the KL divergence in nats of
+    the whole next-token distribution from the reference's at each target token.
     `parts`: recompute block by block (the memory of one block's activations, half as much time again).
     """
     if packed.label_M.numel() == 0:
         nothing = torch.zeros(0, device=packed.label_M.device)
-        return loss(nothing).detach(), nothing, {key: torch.zeros_like(x) for key, x in adapter.items()}
+        value = loss(nothing) if reference_MD is None else loss(nothing, nothing)
+        return value.detach(), nothing, {key: torch.zeros_like(x) for key, x in adapter.items()}
     if parts is not None:
-        return _blockwise(hf, parts, packed, adapter, loss)
+        return _blockwise(hf, parts, packed, adapter, loss, reference_MD)
     leaf = {key: tensor.detach().requires_grad_() for key, tensor in adapter.items()}
-    logprob_M = token_logprobs(hf, layers, packed, leaf)
-    value = loss(logprob_M)
+    logprob_M, kl_M, _ = token_values(hf, layers, packed, leaf, reference_MD=reference_MD)
+    value = loss(logprob_M) if kl_M is None else loss(logprob_M, kl_M)
     grads = torch.autograd.grad(value, list(leaf.values()), allow_unused=True, materialize_grads=True)
     return value.detach(), logprob_M.detach(), dict(zip(leaf, grads, strict=True))
 
@@ -123,66 +147,102 @@ def chunk_rows(hf: PreTrainedModel) -> int:
     return CHUNK_ROWS.get(hf.device.type, CHUNK_ROWS["cuda"])
 
 
-def head_rows(hf: PreTrainedModel, hidden_MD: Tensor, label_M: Tensor) -> tuple[Tensor, Tensor]:
-    """log p(label) of each row [M] and its derivative by that row's hidden state J_MD, a chunk of logits at a time."""
-    logprobs, jacobians = [], []
+def head_rows(
+    hf: PreTrainedModel,
+    hidden_MD: Tensor,
+    label_M: Tensor,
+    reference_MD: Tensor | None = None,
+    *,
+    entropy: bool = False,
+    derive: bool = True,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What each row's logits say, [M] each, and the derivatives by that row's hidden state J_MD (none without `derive`).
+
+    In this order: log p(label), KL(p || reference) where there is one, the entropy if asked for. A chunk of logits at a time.
+    """
     size = chunk_rows(hf)
-    for h, label in zip(hidden_MD.detach().split(size), label_M.split(size), strict=True):
-        with torch.enable_grad():
-            h = h.requires_grad_()
-            logprob = pick(logits(hf, h), label)
-            (j,) = torch.autograd.grad(logprob.sum(), h)
-        logprobs.append(logprob.detach())
-        jacobians.append(j)
-    return torch.cat(logprobs), torch.cat(jacobians)
+    labels = label_M.split(size)
+    references = [None] * len(labels) if reference_MD is None else reference_MD.split(size)
+    chunks = [
+        _head_chunk(hf, *chunk, entropy, derive)
+        for chunk in zip(hidden_MD.detach().split(size), labels, references, strict=True)
+    ]
+    values, jacobians = (
+        [torch.cat(own) for own in zip(*side, strict=True)] for side in zip(*chunks, strict=True)
+    )
+    return values, jacobians
 
 
-class _HeadLogprob(torch.autograd.Function):
-    """Head and log-softmax as one function that keeps J_MD instead of logits. Once differentiable."""
+def _head_chunk(
+    hf: PreTrainedModel,
+    hidden_MD: Tensor,
+    label_M: Tensor,
+    reference_MD: Tensor | None,
+    entropy: bool,
+    derive: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    values: list[Tensor] = []
+    jacobians: list[Tensor] = []
+    with torch.set_grad_enabled(derive):
+        hidden_MD.requires_grad_(derive)
+        for value_M in _read(hf, logits(hf, hidden_MD), label_M, reference_MD, entropy):
+            if derive:
+                # one derivative before the next value is made: fewer tensors as large as the logits at one time
+                jacobians += torch.autograd.grad(value_M.sum(), hidden_MD, retain_graph=True)
+            values.append(value_M.detach())
+    return values, jacobians
+
+
+def _read(
+    hf: PreTrainedModel, logits_MV: Tensor, label_M: Tensor, reference_MD: Tensor | None, entropy: bool
+) -> Iterator[Tensor]:
+    yield pick(logits_MV, label_M)
+    if reference_MD is not None:
+        yield divergence(logits_MV, logits(hf, reference_MD))
+    if entropy:
+        logprob_MV = logits_MV.log_softmax(1)
+        yield -(logprob_MV.exp() * logprob_MV).sum(1)
+
+
+class _Head(torch.autograd.Function):
+    """Head and log-softmax as one function that keeps a J_MD of each value instead of logits. Once differentiable."""
 
     @staticmethod
-    def forward(ctx, hidden_MD: Tensor, label_M: Tensor, hf: PreTrainedModel) -> Tensor:  # type: ignore[no-untyped-def]
-        if not hidden_MD.requires_grad:
-            size = chunk_rows(hf)
-            parts = zip(hidden_MD.split(size), label_M.split(size), strict=True)
-            return torch.cat([pick(logits(hf, h), label) for h, label in parts])
-        logprob_M, jacobian_MD = head_rows(hf, hidden_MD, label_M)
-        ctx.save_for_backward(jacobian_MD)
-        return logprob_M
+    def forward(  # type: ignore[no-untyped-def]
+        ctx,
+        hidden_MD: Tensor,
+        label_M: Tensor,
+        hf: PreTrainedModel,
+        reference_MD: Tensor | None,
+        entropy: bool,
+    ) -> tuple[Tensor, ...]:
+        derive = hidden_MD.requires_grad
+        values, jacobians = head_rows(hf, hidden_MD, label_M, reference_MD, entropy=entropy, derive=derive)
+        ctx.save_for_backward(*jacobians)
+        return tuple(values)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_M: Tensor):  # type: ignore[no-untyped-def]
-        (jacobian_MD,) = ctx.saved_tensors
-        return (grad_M.unsqueeze(1) * jacobian_MD.to(grad_M.dtype)).to(jacobian_MD.dtype), None, None
+    def backward(ctx, *shares: Tensor):  # type: ignore[no-untyped-def]
+        return _pull(shares, ctx.saved_tensors), None, None, None, None
 
 
-class _HeadEntropy(torch.autograd.Function):
-    """The same for the entropy of each row's distribution."""
-
-    @staticmethod
-    def forward(ctx, hidden_MD: Tensor, hf: PreTrainedModel) -> Tensor:  # type: ignore[no-untyped-def]
-        entropies, jacobians = [], []
-        for h in hidden_MD.detach().split(chunk_rows(hf)):
-            with torch.enable_grad():
-                h = h.requires_grad_()
-                logprob_MV = logits(hf, h).log_softmax(1)
-                entropy = -(logprob_MV.exp() * logprob_MV).sum(1)
-                (j,) = torch.autograd.grad(entropy.sum(), h)
-            entropies.append(entropy.detach())
-            jacobians.append(j)
-        ctx.save_for_backward(torch.cat(jacobians))
-        return torch.cat(entropies)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_M: Tensor):  # type: ignore[no-untyped-def]
-        (jacobian_MD,) = ctx.saved_tensors
-        return (grad_M.unsqueeze(1) * jacobian_MD.to(grad_M.dtype)).to(jacobian_MD.dtype), None
+def _pull(shares: Sequence[Tensor], jacobians: Sequence[Tensor]) -> Tensor:
+    """A loss's derivative by the rows' hidden states [M, D], from those by the values that `head_rows` gives."""
+    parts = [x.unsqueeze(1) * j.to(x.dtype) for x, j in zip(shares, jacobians, strict=True)]
+    return reduce(torch.add, parts).to(jacobians[0].dtype)
 
 
 def pick(logits_MV: Tensor, label_M: Tensor) -> Tensor:
     return logits_MV.gather(1, label_M.unsqueeze(1)).squeeze(1) - logits_MV.logsumexp(1)
+
+
+def divergence(logits_MV: Tensor, reference_MV: Tensor) -> Tensor:
+    """KL(p || q) = sum_v p(v) (log p(v) - log q(v)) in nats of two rows of logits, [M]; once differentiable, by p's."""
+    with torch.no_grad():
+        # its derivative adds nothing, sum_v p d(log p) = d(sum_v p) = 0, so it is a constant that takes no graph
+        gap_MV = logits_MV.log_softmax(1) - reference_MV.log_softmax(1)
+    return (logits_MV.softmax(1) * gap_MV).sum(1)
 
 
 def _body(hf: PreTrainedModel, packed: Packed) -> Tensor:
@@ -191,7 +251,12 @@ def _body(hf: PreTrainedModel, packed: Packed) -> Tensor:
 
 
 def _blockwise(
-    hf: PreTrainedModel, parts: Split, packed: Packed, adapter: Adapter, loss: Loss
+    hf: PreTrainedModel,
+    parts: Split,
+    packed: Packed,
+    adapter: Adapter,
+    loss: Loss,
+    reference_MD: Tensor | None,
 ) -> tuple[Tensor, Tensor, Adapter]:
     call = enter(parts, packed)
     adapter = {key: tensor.detach() for key, tensor in adapter.items()}
@@ -206,13 +271,12 @@ def _blockwise(
     with torch.enable_grad():
         last = hidden.requires_grad_()
         rows_MD = parts.norm(last).flatten(0, 1)[packed.place_M]
-        logprob_M, jacobian_MD = head_rows(hf, rows_MD, packed.label_M)
-        logprob_M.requires_grad_()
-        value = loss(logprob_M)
-        (share_M,) = torch.autograd.grad(value, logprob_M, materialize_grads=True)
-        back_MD = (share_M.unsqueeze(1) * jacobian_MD.to(share_M.dtype)).to(rows_MD.dtype)
+        values, jacobians = head_rows(hf, rows_MD, packed.label_M, reference_MD)
+        value = loss(*(x.requires_grad_() for x in values))
+        shares = torch.autograd.grad(value, values, allow_unused=True, materialize_grads=True)
+        back_MD = _pull(shares, jacobians).to(rows_MD.dtype)
         (back,) = torch.autograd.grad(rows_MD, last, back_MD)
-    del last, rows_MD, jacobian_MD, hidden
+    del last, rows_MD, back_MD, jacobians, hidden
     grads: Adapter = {}
     for i in reversed(range(len(parts.blocks))):
         inputs = {key: tensor.requires_grad_() for key, tensor in of_block(parts, i, adapter).items()}
@@ -229,4 +293,4 @@ def _blockwise(
         grads |= dict(zip(inputs, got, strict=False))
         back = got[-1] if i > 0 else back
         del out, hidden
-    return value.detach(), logprob_M.detach(), {key: grads[key].detach() for key in adapter}
+    return value.detach(), values[0].detach(), {key: grads[key].detach() for key in adapter}

@@ -28,7 +28,7 @@ from mass import metagrad, optimizers
 from mass.batch import Packed
 from mass.blocks import Split
 from mass.errors import MassError
-from mass.forward import example_loss, loss_and_grad
+from mass.forward import example_loss, loss_and_grad, reference_states
 from mass.inner import Step
 from mass.lora import Adapter, Layers, LoraShape, attach
 from mass.optimizers import Rule
@@ -212,9 +212,16 @@ def predict(
 
 
 def predict_outer(
-    hf: PreTrainedModel, parts: Split | None, shape: LoraShape, outer: Packed, *, checkpoint: bool = False
+    hf: PreTrainedModel,
+    parts: Split | None,
+    shape: LoraShape,
+    outer: Packed,
+    *,
+    checkpoint: bool = False,
+    with_kl: bool = False,
 ) -> Peak:
-    """Peak bytes over the weights of the outer loss's gradient by one adapter: all that there is without an inner loop."""
+    """Peak bytes over the weights of the outer loss's gradient by one adapter: all that there is without an inner loop.
+    `with_kl`: the loss has the divergence from the base model."""
     exact = torch.float64 if next(hf.parameters()).dtype == torch.float64 else torch.float32
     first_order: list[int] = []
     size: list[int] = []
@@ -225,7 +232,7 @@ def predict_outer(
             adapter = _adapter(model.layers, shape.rank, 1, exact)
             size.append(sum(x.nbytes for x in adapter.values()))
             with _counting(first_order):
-                _first_order(model, batch, adapter, model.parts if checkpoint else None)
+                _first_order(model, batch, adapter, model.parts if checkpoint else None, with_kl=with_kl)
     deep = len(parts.blocks) if parts else hf.config.get_text_config().num_hidden_layers
     return Peak(_line(first_order, deep), 0, _line(size, deep))
 
@@ -324,10 +331,14 @@ def return_freed_memory() -> bool:
     return bool(mallopt and mallopt(-3, 1 << 20))
 
 
-def _first_order(model: _Copy, packed: Packed, adapter: Adapter, parts: Split | None) -> None:
-    loss_and_grad(
-        model.hf, model.layers, packed, adapter, lambda x: example_loss(packed, x).sum(), parts=parts
-    )
+def _first_order(
+    model: _Copy, packed: Packed, adapter: Adapter, parts: Split | None, *, with_kl: bool = False
+) -> None:
+    def loss(logprob_M: Tensor, *kl_M: Tensor) -> Tensor:
+        return torch.stack([example_loss(packed, x).sum() for x in (logprob_M, *kl_M)]).sum()
+
+    base_MD = reference_states(model.hf, model.layers, packed, None) if with_kl else None
+    loss_and_grad(model.hf, model.layers, packed, adapter, loss, reference_MD=base_MD, parts=parts)
 
 
 def _products(

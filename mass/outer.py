@@ -1,7 +1,7 @@
 """Outer losses, the credit, and the policy gradient: everything between an adapted model and the outer optimizer step.
 
 Formulas are those of docs/mathematics.md. MASS: arXiv 2603.03524. Clipped policy gradient: PPO, arXiv 1707.06347;
-group-relative advantage: GRPO, arXiv 2402.03300; KL estimator k3: Schulman, "Approximating KL divergence" (2020).
+group-relative advantage: GRPO, arXiv 2402.03300.
 """
 
 import torch
@@ -49,7 +49,7 @@ def policy_loss(
     packed: Packed,
     logprob_M: Tensor,
     old_M: Tensor,
-    base_M: Tensor | None,
+    kl_M: Tensor | None,
     advantage_TN: Tensor,
     *,
     ratio_clip: float,
@@ -57,11 +57,11 @@ def policy_loss(
     unrewarded_M: Tensor | None = None,
     beta_unrewarded: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Clipped policy gradient plus beta KL(policy || base), per example [T, N], and the KL estimate [T, N].
+    """Clipped policy gradient plus beta KL(policy || reference), per example [T, N], and that KL [T, N].
 
     ratio = pi / pi_old of each token; the loss of an example is the mean over its tokens of -min(ratio A, clip(ratio) A).
-    `base_M`: log-probabilities under the base model; None when both betas are 0. `unrewarded_M` (bool): tokens that have no
-    advantage and the coefficient `beta_unrewarded` (see `mass.practice.unrewarded`).
+    `kl_M`: the divergence at each token (`mass.forward`), whose mean is an example's; None when both betas are 0.
+    `unrewarded_M` (bool): tokens that have no advantage and the coefficient `beta_unrewarded` (see `mass.practice.unrewarded`).
     """
     ratio_M = (logprob_M - old_M).exp()
     a_M = advantage_TN.flatten()[packed.owner_M]
@@ -69,22 +69,10 @@ def policy_loss(
         a_M = a_M.masked_fill(unrewarded_M, 0.0)
     surrogate_M = torch.minimum(ratio_M * a_M, ratio_M.clamp(1 - ratio_clip, 1 + ratio_clip) * a_M)
     loss_TN = -packed.mean_by_example(surrogate_M)
-    if base_M is None:
+    if kl_M is None:
         return loss_TN, torch.zeros_like(loss_TN)
-    kl_M = _k3(logprob_M, base_M)
     held_M = beta * kl_M if unrewarded_M is None else torch.where(unrewarded_M, beta_unrewarded, beta) * kl_M
     return loss_TN + packed.mean_by_example(held_M), packed.mean_by_example(kl_M)
-
-
-def kl_to_base(packed: Packed, logprob_M: Tensor, base_M: Tensor) -> Tensor:
-    """Estimate of KL(policy || base) on each example, [T, N]: the mean over its tokens of exp(d) - d - 1,
-    d = log pi_base - log pi."""
-    return packed.mean_by_example(_k3(logprob_M, base_M))
-
-
-def _k3(logprob_M: Tensor, base_M: Tensor) -> Tensor:
-    gap_M = base_M - logprob_M
-    return gap_M.exp() - gap_M - 1
 
 
 def correlation(x: Tensor, y: Tensor) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor
 from mass import outer
 from mass.batch import Sequence, pack
 from mass.blocks import attends_fully
-from mass.forward import loss_and_grad, token_logprobs
+from mass.forward import loss_and_grad, reference_states, token_logprobs
 from mass.lora import Adapter
 from mass.practice import answer, seed_of, solve_sequence
 from mass.problems import Task
@@ -111,21 +111,20 @@ def _verified(
     grad: Adapter = {}
     kl_T = None
     if need_grad:
-        base_M: Tensor | None = None
-        if beta > 0:
-            with torch.no_grad():
-                base_M = token_logprobs(lm.hf, lm.lora, packed, None)
+        base_MD = reference_states(lm.hf, lm.lora, packed, None) if beta > 0 else None
+        seen: list[Tensor] = []
 
-        def loss(logprob_M: Tensor) -> Tensor:
+        def loss(logprob_M: Tensor, kl_M: Tensor | None = None) -> Tensor:
             loss_T = outer.verifier_loss(packed, logprob_M, advantage_TG)
-            if base_M is not None:
-                loss_T = loss_T + beta * outer.kl_to_base(packed, logprob_M, base_M).mean(1)
+            if kl_M is not None:
+                mean_T = packed.mean_by_example(kl_M).mean(1)
+                seen.append(mean_T.detach())
+                loss_T = loss_T + beta * mean_T
             return loss_T.sum()
 
         parts = setting.parts if setting.checkpoint else None
-        _, logprob_M, grad = loss_and_grad(lm.hf, lm.lora, packed, adapter, loss, parts=parts)
-        if base_M is not None:
-            kl_T = outer.kl_to_base(packed, logprob_M, base_M).mean(1)
+        _, _, grad = loss_and_grad(lm.hf, lm.lora, packed, adapter, loss, reference_MD=base_MD, parts=parts)
+        kl_T = seen[0] if seen else None
     # What is reported as the loss is 1 - mean reward: the surrogate's own value is zero in expectation.
     known = torch.isfinite(reward_TG)
     solved_T = (reward_TG.nan_to_num() * known).sum(1) / known.sum(1).clamp(min=1)

@@ -102,7 +102,9 @@ def make(recipe: Recipe, ranks: int, engines: Collection[str] = tuple(ENGINES)) 
     same: dict[tuple[str, bool, bool], memory.Peak] = {}
     seen: dict[bool, list[int]] = {}
     if not i.steps:
-        peaks[NO_LOOP] = memory.predict_outer(hf, parts, shape, last, checkpoint=i.checkpoint)
+        peaks[NO_LOOP] = memory.predict_outer(
+            hf, parts, shape, last, checkpoint=i.checkpoint, with_kl=_has_kl(r)
+        )
     for name in engines if i.steps else ():
         engine, recompute, again, _ = ENGINES[name]
         key = (engine, recompute, again or i.checkpoint)
@@ -220,10 +222,12 @@ def _flops(r: Recipe, linear: int, head: int) -> dict[str, float]:
     )
     G = r.outer.rollouts if r.outer.loss == "verifier" else 1
     token = 2.0 * (linear + head)
+    # the base reads as well, and the divergence goes back through the head on its own
+    kl = token + 2.0 * head
     if not r.inner.steps:
         read = T * G * (PROMPT + answer)
         sampled = read if r.outer.loss == "verifier" else 0
-        return {"generate": token * sampled, "outer loss": (2 + _has_kl(r)) * token * read}
+        return {"generate": token * sampled, "outer loss": (2 * token + _has_kl(r) * kl) * read}
     train = T * N * (PROMPT + new)
     # the generator's credit may want an inner loop of its own, and the outer loss after it
     loops = 1 + (r.outer.credit == "uniform" and r.outer.generator > 0 and r.outer.lr_policy > 0)
@@ -232,7 +236,7 @@ def _flops(r: Recipe, linear: int, head: int) -> dict[str, float]:
     out = {
         "generate": token * (train + sampled),
         "outer loss, before and after": 2 * token * last,
-        "policy gradient": (2 + (max(r.outer.beta, r.outer.beta_check) > 0)) * token * train,
+        "policy gradient": (2 * token + (max(r.outer.beta, r.outer.beta_check) > 0) * kl) * train,
     }
     for name, (_, _, _, factor) in ENGINES.items():
         out[f"inner loop and meta, {name}"] = factor * 2 * token * train * r.inner.steps * loops

@@ -144,15 +144,33 @@ def make_world(
 # ---- the reference pipeline
 
 
-def naive_logprobs(
+def naive_rows(
     lm: LanguageModel, tokens: list[int], prompt: int, adapter: Mapping[str, Tensor] | None
 ) -> Tensor:
-    """log p of each token after the prompt, by the whole model on one sequence; `adapter` without task axis."""
+    """log p of every token of the vocabulary at each token after the prompt, by the whole model on one sequence; `adapter`
+    without task axis."""
     own = None if adapter is None else {key: x.unsqueeze(0) for key, x in adapter.items()}
     with using(lm.lora, own), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         logits = lm.hf(input_ids=torch.tensor([tokens]), use_cache=False).logits[0]
-    picked = logits.log_softmax(-1)[torch.arange(len(tokens) - 1), torch.tensor(tokens[1:])]
-    return picked[prompt - 1 :]
+    return logits.log_softmax(-1)[prompt - 1 : -1]
+
+
+def naive_logprobs(
+    lm: LanguageModel, tokens: list[int], prompt: int, adapter: Mapping[str, Tensor] | None
+) -> Tensor:
+    """log p of each token after the prompt."""
+    rows = naive_rows(lm, tokens, prompt, adapter)
+    return rows[torch.arange(len(tokens) - prompt), torch.tensor(tokens[prompt:])]
+
+
+def naive_kl(
+    lm: LanguageModel, tokens: list[int], prompt: int, adapter: Mapping[str, Tensor] | None
+) -> Tensor:
+    """KL(policy || base) of the whole distribution at each token after the prompt."""
+    ours = naive_rows(lm, tokens, prompt, adapter)
+    with torch.no_grad():
+        base = naive_rows(lm, tokens, prompt, None)
+    return torch.stack([(p.exp() * (p - q)).sum() for p, q in zip(ours, base, strict=True)])
 
 
 def naive_loss(world: World, problem: str, solution: str, adapter: Mapping[str, Tensor]) -> Tensor:
@@ -243,7 +261,7 @@ ONLY_META = ("outer.generator=0", "outer.gamma=0", "outer.beta=0", "scorer.l2=0"
 
 
 def naive_generator_gradient(world: World, advantage_TN: Tensor) -> dict[str, Tensor]:
-    """Clipped policy gradient + beta k3 to the base over all T N rollouts, one at a time."""
+    """Clipped policy gradient + beta KL to the base over all T N rollouts, one at a time."""
     r, lm = world.setting.recipe.outer, world.setting.lm
     leaf = {key: x.detach().requires_grad_() for key, x in world.policy.items()}
     total = torch.zeros((), dtype=torch.float64)
@@ -252,15 +270,13 @@ def naive_generator_gradient(world: World, advantage_TN: Tensor) -> dict[str, Te
         for n, rollout in enumerate(world.practice.rollouts[t]):
             asked = world.practice.prompts[t]
             new = naive_logprobs(lm, asked + rollout.tokens, len(asked), leaf)
-            with torch.no_grad():
-                base = naive_logprobs(lm, asked + rollout.tokens, len(asked), None)
             ratio = (new - torch.tensor(rollout.logprobs)).exp()
             a = advantage_TN[t, n]
             inside = torch.where(ratio > 1 + r.ratio_clip, 1 + r.ratio_clip, ratio)
             inside = torch.where(ratio < 1 - r.ratio_clip, 1 - r.ratio_clip, inside)
             outside += int(((ratio - 1).abs() > r.ratio_clip).sum())
             gain = torch.where(ratio * a < inside * a, ratio * a, inside * a)
-            kl = (base - new).exp() - (base - new) - 1
+            kl = naive_kl(lm, asked + rollout.tokens, len(asked), leaf)
             total = total + (-gain + r.beta * kl).mean() / (T * N)
     assert outside > 10, "the clip is to act in this test"
     return dict(zip(leaf, torch.autograd.grad(r.generator * total, list(leaf.values())), strict=True))

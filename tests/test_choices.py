@@ -18,9 +18,9 @@ from mass.choices import Kit, Room, examples, gates, updates, weights
 from mass.choices.answers import vote_over_views
 from mass.choices.views import views
 from mass.errors import MassError
-from mass.forward import example_loss, logprobs_and_entropies, token_logprobs
+from mass.forward import example_loss, token_logprobs
 from mass.generate import Rollout
-from mass.lora import expand
+from mass.lora import expand, using
 from mass.methods import solve
 from mass.optimizers import Rule
 from mass.practice import Practice, pack_examples
@@ -191,47 +191,69 @@ def test_ttrl_raises_what_the_majority_says(kit: Kit, monkeypatch: pytest.Monkey
     assert (change * advantage).sum() > 0 and done.losses[0][-1] < done.losses[0][0] and done.ok == [True]
 
 
-def test_policy_gradient_is_the_gradient_of_its_loss(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One SGD step against numeric differences of the loss written out, with SPINE's options and without."""
+def distributions(kit: Kit, rows: list[Tokens], adapter: Any) -> torch.Tensor:
+    """log p of the whole vocabulary at each target token, each sequence alone in the model."""
+    out = []
+    with torch.no_grad(), using(kit.lm.lora, adapter):
+        for row in rows:
+            found = kit.lm.hf(input_ids=torch.tensor([row.tokens]), use_cache=False).logits[0]
+            out.append(found[row.prompt - 1 : -1].log_softmax(-1))
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_policy_gradient_is_the_gradient_of_its_loss(kit: Kit, steps: int) -> None:
+    """The last SGD step against numeric differences of the loss written out, with SPINE's options and without. At the
+    first the divergence from the start is 0, and so is its derivative."""
     rule = Rule("sgd")
-    rows = [[Tokens([5, 6, 7, 8, 9, 30, 31], 3), Tokens([5, 6, 7, 40, 41, 42], 3)]]
-    packed = pack(rows, 0)
+    rows = [Tokens([5, 6, 7, 8, 9, 30, 31], 3), Tokens([5, 6, 7, 40, 41, 42], 3)]
+    packed = pack([rows], 0)
     advantage = torch.tensor([[1.0, -1.0]], dtype=torch.float64)
     blank = [[Example("", "", True, "")] * 2]
     practice = Practice([], [[]], blank, packed, packed.count_TN > 0)
     start = expand(choices.kit.beginning(kit), 1)
     key = next(k for k in start if k.endswith(".B"))
+    label = packed.label_M.unsqueeze(1)
+    before = distributions(kit, rows, start)
+    old, entropy = before.gather(1, label).squeeze(1), -(before.exp() * before).sum(1)
     for knobs in (Knobs(kl=0.2), Knobs(kl=0.2, forking=0.5, band=3.0), Knobs(kl=0.0, forking=0.5)):
-        one = replace(kit, rule=rule, steps=1, knobs=knobs)
-        moved = updates.policy_gradient(one, [PLAIN], practice, advantage).adapter
-        gradient = (start[key] - moved[key]) / 0.7
-        with torch.no_grad():
-            old, entropy = logprobs_and_entropies(kit.lm.hf, kit.lm.lora, packed, start)
+        at = start
+        for k in range(1, steps + 1):
+            last = at
+            one = replace(kit, rule=rule, steps=k, knobs=knobs)
+            at = updates.policy_gradient(one, [PLAIN], practice, advantage).adapter
+        gradient = (last[key] - at[key]) / 0.7
         keep = entropy >= entropy.sort(descending=True).values[max(1, round(knobs.forking * 7)) - 1]
         low, high = entropy[keep].quantile(0.1), entropy[keep].quantile(0.9)
 
-        def loss(adapter: Any) -> float:
-            with torch.no_grad():
-                new, ent = logprobs_and_entropies(kit.lm.hf, kit.lm.lora, packed, adapter)
-            total = 0.0
+        def terms(adapter: Any) -> tuple[float, float]:
+            """The loss, and what of it is the divergence."""
+            now = distributions(kit, rows, adapter)
+            new, ent = now.gather(1, label).squeeze(1), -(now.exp() * now).sum(1)
+            divergence = knobs.kl * (now.exp() * (now - before)).sum(1)  # noqa: B023
+            total = held = 0.0
             for n in range(2):
                 own = keep & (packed.owner_M == n)  # noqa: B023
                 if own.any():
-                    term = -(new - old).exp() * advantage[0, n]  # noqa: B023
-                    term = term + knobs.kl * ((old - new).exp() - (old - new) - 1)  # noqa: B023
+                    ratio, a = (new - old).exp(), advantage[0, n]
+                    term = divergence - torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a)
                     out = (ent - high).clamp(min=0) + (low - ent).clamp(min=0)  # noqa: B023
                     term = term + knobs.band * out.square()  # noqa: B023
                     total += float(term[own].mean()) / 2
-            return total
+                    held += float(divergence[own].mean()) / 2
+            return total, held
 
+        shares = []
         for i, j in ((0, 0), (3, 1)):
             sides = []
             for sign in (1, -1):
-                near = {k: x.clone() for k, x in start.items()}
+                near = {k: x.clone() for k, x in last.items()}
                 near[key][0, i, j] += sign * 1e-5
-                sides.append(loss(near))
-            numeric = (sides[0] - sides[1]) / 2e-5
+                sides.append(terms(near))
+            numeric, share = ((up - down) / 2e-5 for up, down in zip(*sides, strict=True))
             assert float(gradient[0, i, j]) == pytest.approx(numeric, rel=1e-4, abs=1e-8)
+            shares.append(abs(share))
+        assert max(shares) > 1e-5 if steps > 1 and knobs.kl else max(shares) < 1e-7
 
 
 @pytest.mark.usefixtures("answers")

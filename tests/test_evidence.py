@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from steps import GOOD, SGD, make_world, naive_logprobs
+from steps import GOOD, SGD, make_world, naive_kl, naive_logprobs
 from test_outer import by_example, packed_of, random_logprobs
 from tiny import tiny_lm
 
@@ -60,7 +60,8 @@ def test_the_tokens_behind_the_answer() -> None:
 def test_evidence_has_no_advantage_and_a_divergence_of_its_own(beta: float) -> None:
     packed = packed_of([[3, 2], [4, 5]])
     logprob_M = random_logprobs(packed, 2).requires_grad_()
-    old_M, base_M = random_logprobs(packed, 3), random_logprobs(packed, 4)
+    # whatever the divergences are made of, they depend on what the policy's log-probabilities do
+    old_M, kl_M = random_logprobs(packed, 3), (logprob_M - random_logprobs(packed, 4)).square()
     advantage_TN = torch.tensor([[1.0, -2.0], [0.5, -1.0]], dtype=torch.float64)
     place = {owner: list(range(len(x))) for owner, x in by_example(packed, logprob_M).items()}
     # the last two tokens of each example
@@ -72,24 +73,22 @@ def test_evidence_has_no_advantage_and_a_divergence_of_its_own(beta: float) -> N
         flags.append(behind[key][seen[key]])
         seen[key] += 1
     loss_TN, kl_TN = policy_loss(
-        packed, logprob_M, old_M, base_M, advantage_TN, ratio_clip=0.2, beta=beta,
+        packed, logprob_M, old_M, kl_M, advantage_TN, ratio_clip=0.2, beta=beta,
         unrewarded_M=torch.tensor(flags), beta_unrewarded=0.7,
     )  # fmt: skip
-    new, old, base = (by_example(packed, x) for x in (logprob_M, old_M, base_M))
+    new, old, kl = (by_example(packed, x) for x in (logprob_M, old_M, kl_M))
     for (t, n), own in new.items():
         parts = []
         for j, lp in enumerate(own):
-            gap = base[t, n][j] - lp
-            k3 = gap.exp() - gap - 1
             ratio = (lp - old[t, n][j]).exp()
             a = advantage_TN[t, n]
             gain = torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a)
-            parts.append(0.7 * k3 if behind[t, n][j] else beta * k3 - gain)
+            parts.append(0.7 * kl[t, n][j] if behind[t, n][j] else beta * kl[t, n][j] - gain)
         torch.testing.assert_close(loss_TN[t, n], torch.stack(parts).mean())
-    got = torch.autograd.grad(loss_TN.sum(), logprob_M)[0]
+    got = torch.autograd.grad(loss_TN.sum(), logprob_M, retain_graph=True)[0]
     alone = torch.autograd.grad(
         policy_loss(
-            packed, logprob_M, old_M, base_M, 0 * advantage_TN, ratio_clip=0.2, beta=beta,
+            packed, logprob_M, old_M, kl_M, 0 * advantage_TN, ratio_clip=0.2, beta=beta,
             unrewarded_M=torch.tensor(flags), beta_unrewarded=0.7,
         )[0].sum(),
         logprob_M,
@@ -128,14 +127,14 @@ def test_an_outer_step_leaves_the_problems_out_of_the_reward(monkeypatch: pytest
         for n, rollout in enumerate(own):
             asked = world.practice.prompts[t]
             new = naive_logprobs(lm, asked + rollout.tokens, len(asked), leaf)
-            base = naive_logprobs(lm, asked + rollout.tokens, len(asked), None).detach()
-            ratio, k3 = (new - torch.tensor(rollout.logprobs)).exp(), (base - new).exp() - (base - new) - 1
+            kl = naive_kl(lm, asked + rollout.tokens, len(asked), leaf)
+            ratio = (new - torch.tensor(rollout.logprobs)).exp()
             a = advantage_N[n]
             gain = torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a)
             text = f" {world.practice.examples[t][n].problem}\nSolution:"
             before = len(lm.tokenizer.encode(text, add_special_tokens=False))
             at = torch.arange(len(new)) < before
-            parts = torch.where(at, 0.8 * k3, 0.3 * k3 - gain)
+            parts = torch.where(at, 0.8 * kl, 0.3 * kl - gain)
             # GOOD's solutions end with their answer, but for the blank line that ends the example
             assert 0 < before < len(new)
             total = total + parts.mean() / (len(GOOD) * count)

@@ -152,6 +152,12 @@ def test_no_target_token_at_all(parts: bool) -> None:
         parts=world.parts if parts else None,
     )
     assert value == 0 and logprob_M.shape == (0,)
+    base_MD = forward.reference_states(world.hf, world.layers, empty, None)
+    assert base_MD.shape == (0, 32)
+    value, _, again = forward.loss_and_grad(
+        world.hf, world.layers, empty, world.start, lambda x, kl: (x + kl).sum(), reference_MD=base_MD
+    )
+    assert value == 0 and all((x == 0).all() for x in again.values())
     assert grad.keys() == world.start.keys() and all((x == 0).all() for x in grad.values())
     assert forward.token_logprobs(world.hf, world.layers, empty, world.start).shape == (0,)
 

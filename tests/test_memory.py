@@ -115,6 +115,18 @@ def test_a_measured_peak_is_not_that_of_the_process_that_started_it() -> None:
     assert float(done.stdout) == pytest.approx(50e6, rel=0.2)
 
 
+def test_a_divergence_from_the_base_takes_one_more_chunk_of_logits() -> None:
+    """Where the vocabulary is far the largest size, so that the peak is in the head."""
+    hf, parts = model(vocab_size=20_000)
+    last = batch(examples=2)
+    for checkpoint in (False, True):
+        without, held = (
+            memory.predict_outer(hf, parts, SHAPE, last, checkpoint=checkpoint, with_kl=with_kl).first_order
+            for with_kl in (False, True)
+        )
+        assert held - without == pytest.approx(last.label_M.numel() * 20_000 * 4, rel=0.05)
+
+
 def test_depth_is_drawn_out_and_blockwise_hardly_grows_with_it() -> None:
     growth = {}
     for engine in ("blockwise", "reverse"):

@@ -18,7 +18,7 @@ from mass import blocks, distributed, model, scorer, weights
 from mass.batch import Packed, Sequence, pack
 from mass.checkpoint import fingerprint
 from mass.errors import MassError
-from mass.forward import check_model, example_loss, loss_and_grad, token_logprobs
+from mass.forward import check_model, example_loss, loss_and_grad, reference_states, token_logprobs
 from mass.generate import generate
 from mass.inner import Step
 from mass.lora import LoraShape, attach
@@ -86,6 +86,26 @@ def first_order(lm: LanguageModel, seed: int, split: bool) -> list[Tensor]:
     return [value, logprob_M, base_M, *grad.values()]
 
 
+def divergence(lm: LanguageModel, seed: int, split: bool) -> list[Tensor]:
+    packed, weight_TN = batch(seed)
+    kept: list[Tensor] = []
+
+    def loss(logprob_M: Tensor, kl_M: Tensor) -> Tensor:
+        kept.append(kl_M.detach())
+        return (weight_TN * packed.mean_by_example(kl_M - logprob_M)).sum()
+
+    value, logprob_M, grad = loss_and_grad(
+        lm.hf,
+        lm.lora,
+        packed,
+        adapter(lm, seed),
+        loss,
+        reference_MD=reference_states(lm.hf, lm.lora, packed, None),
+        parts=blocks.split(lm.hf, lm.lora) if split else None,
+    )
+    return [value, logprob_M, *kept, *grad.values()]
+
+
 def second_order(lm: LanguageModel, seed: int, engine: str) -> list[Tensor]:
     packed, weight_TN = batch(seed)
     weight_TN = weight_TN.to(lm.dtype)
@@ -137,6 +157,8 @@ def features(lm: LanguageModel, seed: int, split: bool) -> list[Tensor]:
 WORK: dict[str, Callable[[LanguageModel, int], list[Tensor]]] = {
     "plain": lambda lm, seed: first_order(lm, seed, False),
     "by block": lambda lm, seed: first_order(lm, seed, True),
+    "divergence": lambda lm, seed: divergence(lm, seed, False),
+    "divergence by block": lambda lm, seed: divergence(lm, seed, True),
     "reverse": lambda lm, seed: second_order(lm, seed, "reverse"),
     "recorded": recorded,
     "blockwise": lambda lm, seed: second_order(lm, seed, "blockwise"),

@@ -83,14 +83,18 @@ def given_answers(monkeypatch: pytest.MonkeyPatch, setting: Setting) -> list[lis
     return drawn
 
 
-def logprobs(setting: Setting, text: str, target: list[int], adapter: Mapping[str, Tensor] | None) -> Tensor:
-    """log p of each target token, by the whole model on one sequence."""
+def rows(setting: Setting, text: str, target: list[int], adapter: Mapping[str, Tensor] | None) -> Tensor:
+    """log p of the whole vocabulary at each target token, by the whole model on one sequence."""
     asked = setting.prompts.solve(text)
-    ids = torch.tensor([asked + target])
     own = None if adapter is None else {key: x.unsqueeze(0) for key, x in adapter.items()}
     with using(setting.lm.lora, own):
-        logits = setting.lm.hf(input_ids=ids, use_cache=False).logits[0]
-    return logits[len(asked) - 1 : -1].log_softmax(-1).gather(1, ids[0, len(asked) :, None]).squeeze(1)
+        logits = setting.lm.hf(input_ids=torch.tensor([asked + target]), use_cache=False).logits[0]
+    return logits[len(asked) - 1 : -1].log_softmax(-1)
+
+
+def logprobs(setting: Setting, text: str, target: list[int], adapter: Mapping[str, Tensor] | None) -> Tensor:
+    """log p of each target token."""
+    return rows(setting, text, target, adapter)[torch.arange(len(target)), torch.tensor(target)]
 
 
 def close(found: Mapping[str, Tensor], loss: Tensor, leaf: Mapping[str, Tensor]) -> None:
@@ -144,9 +148,10 @@ def test_verifier_is_grpo_with_a_divergence_from_the_base(
         advantage = (r - r.mean()) / r.std()
         for j, tokens in enumerate(drawn[t]):
             ours = logprobs(setting, task.problem.text, tokens, leaf)
+            whole = rows(setting, task.problem.text, tokens, leaf)
             with torch.no_grad():
-                base = logprobs(setting, task.problem.text, tokens, None)
-            kl = ((base - ours).exp() - (base - ours) - 1).mean()
+                base = rows(setting, task.problem.text, tokens, None)
+            kl = (whole.exp() * (whole - base)).sum(1).mean()
             total = total + (-advantage[j] * ours.mean() + beta * kl) / 9
             divergence += kl.item() / 9
     result = step(setting, policy, eta)
@@ -211,6 +216,13 @@ def test_a_plan_has_the_outer_loss_alone(tmp_path: Path) -> None:
     assert gold.flops["generate"] == 0 < made["verifier"].flops["generate"]
     assert made["verifier"].sent["base, gathered"] > 0
     assert plan.report(make(tmp_path)[0].recipe, 1, 80.0).endswith("It fits.")
+    # forward and backward through all of it; with a divergence the base's forward, and back through the head once more
+    for part, *more in (["outer loss", "outer.loss=verifier"], ["policy gradient", "inner.steps=1"]):
+        without, held = (
+            plan._flops(make(tmp_path, *more, f"outer.beta={beta}")[0].recipe, 100, 10)[part]
+            for beta in (0, 1)
+        )
+        assert held / without == pytest.approx((3 * 110 + 10) / (2 * 110))
 
 
 @pytest.mark.slow

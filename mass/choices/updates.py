@@ -10,12 +10,7 @@ from mass import inner, outer
 from mass.batch import Packed
 from mass.choices import guards
 from mass.choices.kit import Kit, Updated, beginning, shots_for
-from mass.forward import (
-    example_loss,
-    logprobs_and_entropies,
-    loss_and_grad,
-    token_logprobs,
-)
+from mass.forward import example_loss, loss_and_grad, reference_states, token_logprobs, token_values
 from mass.lora import Adapter, expand
 from mass.practice import Practice, fine_tune, pack_examples
 from mass.problems import Problem
@@ -108,23 +103,19 @@ def policy_gradient(kit: Kit, problems: Seq[Problem], practice: Practice, weight
     low_M = high_M = None
     if knobs.forking < 1 or knobs.band:
         with torch.no_grad():
-            _, entropy_M = logprobs_and_entropies(kit.lm.hf, kit.lm.lora, packed, start)
+            _, _, entropy_M = token_values(kit.lm.hf, kit.lm.lora, packed, start, entropy=True)
+        assert entropy_M is not None
         keep_M = forking(packed, entropy_M, knobs.forking)
         packed = packed.only(keep_M)
         low_M, high_M = band(packed, entropy_M[keep_M])
     with torch.no_grad():
         old_M = token_logprobs(kit.lm.hf, kit.lm.lora, packed, start)
+    start_MD = reference_states(kit.lm.hf, kit.lm.lora, packed, start) if knobs.kl else None
     count_T = practice.valid_TN.sum(1).clamp(min=1)
 
-    def loss_T(logprob_M: Tensor, entropy_M: Tensor | None = None) -> Tensor:
+    def loss_T(logprob_M: Tensor, kl_M: Tensor | None = None, entropy_M: Tensor | None = None) -> Tensor:
         loss_TN, _ = outer.policy_loss(
-            packed,
-            logprob_M,
-            old_M,
-            old_M if knobs.kl else None,
-            weight_TN,
-            ratio_clip=RATIO_CLIP,
-            beta=knobs.kl,
+            packed, logprob_M, old_M, kl_M, weight_TN, ratio_clip=RATIO_CLIP, beta=knobs.kl
         )
         if entropy_M is not None and low_M is not None and high_M is not None:
             outside_M = (entropy_M - high_M).clamp(min=0) + (low_M - entropy_M).clamp(min=0)
@@ -134,10 +125,20 @@ def policy_gradient(kit: Kit, problems: Seq[Problem], practice: Practice, weight
 
     seen: list[Tensor] = []
 
+    def values(adapter: Adapter) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        return token_values(
+            kit.lm.hf, kit.lm.lora, packed, adapter, reference_MD=start_MD, entropy=knobs.band > 0
+        )
+
+    def loss(logprob_M: Tensor, kl_M: Tensor | None = None) -> Tensor:
+        value_T = loss_T(logprob_M, kl_M)
+        seen.append(value_T.detach())
+        return value_T.sum()
+
     def gradient(adapter: Adapter) -> tuple[Tensor, Adapter]:
         if knobs.band:
             leaf = {key: x.detach().requires_grad_() for key, x in adapter.items()}
-            value_T = loss_T(*logprobs_and_entropies(kit.lm.hf, kit.lm.lora, packed, leaf))
+            value_T = loss_T(*values(leaf))
             grads = torch.autograd.grad(
                 value_T.sum(), list(leaf.values()), allow_unused=True, materialize_grads=True
             )
@@ -148,15 +149,15 @@ def policy_gradient(kit: Kit, problems: Seq[Problem], practice: Practice, weight
             kit.lm.lora,
             packed,
             adapter,
-            lambda x: loss_T(x).sum(),
+            loss,
+            reference_MD=start_MD,
             parts=kit.parts if kit.recompute else None,
         )
-        seen.append(loss_T(logprob_M))
         return example_loss(packed, logprob_M), grad
 
     trajectory = inner.adapt(gradient, start, kit.rule, kit.lr, kit.steps)
     with torch.no_grad():
-        seen.append(loss_T(*logprobs_and_entropies(kit.lm.hf, kit.lm.lora, packed, trajectory.adapter)))
+        seen.append(loss_T(*values(trajectory.adapter)))
     finite_T = torch.stack(seen).isfinite().all(0)
     learns_T = (weight_TN != 0).any(1)
     losses = [[float(x[t]) for x in seen] if learns_T[t] else [] for t in range(len(problems))]
