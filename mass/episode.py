@@ -109,7 +109,7 @@ def run(
     with clock("outer"):
         solving = recipe.outer.gamma > 0
         before = outer_loss(setting, tasks, solve_shots, start, step, "before", need_grad=solving)
-    writes = recipe.outer.generator > 0 and recipe.outer.lr_policy > 0 and not given
+    writes = recipe.outer.writes and not given
     rewarded = loop
     if writes and recipe.outer.credit == "uniform":
         even_TN = torch.zeros_like(loop.weight_TN)
@@ -252,8 +252,7 @@ def _generator_gradient(
             flags = [x for pair in pairs for x in unrewarded(lm, *pair, recipe.outer.reward)]
             unrewarded_M = torch.tensor(flags, device=lm.device)
         share = advantage_TN[first : first + height]
-        held = recipe.outer.beta > 0 or (apart and recipe.outer.beta_check > 0)
-        base_MD = reference_states(lm.hf, lm.lora, packed, None) if held else None
+        base_MD = reference_states(lm.hf, lm.lora, packed, None) if recipe.outer.holds else None
         seen: list[Tensor] = []
 
         def loss(

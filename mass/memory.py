@@ -41,8 +41,8 @@ DEPTHS = (2, 3)
 
 @dataclass(frozen=True)
 class Peak:
-    """Most bytes held over the weights: in a first-order pass (the larger of the inner steps' and the outer loss's), in
-    the way back, and, during both, in the trajectory of small states (and by the CPU's libraries)."""
+    """Most bytes held over the weights: in a first-order pass (the largest of the inner steps', the outer loss's and the
+    generator's policy gradient's), in the way back, and, during both, in the trajectory of small states (and by the CPU's libraries)."""
 
     first_order: int
     sweep: int
@@ -159,13 +159,18 @@ def predict(
     rule: Rule | None = None,
     need_init: bool = False,
     keep_grads: bool = True,
-    seen: dict[bool, list[int]] | None = None,
+    policy: Packed | None = None,
+    with_kl: bool = False,
+    loops: int = 1,
+    seen: dict[bool, int] | None = None,
 ) -> Peak:
-    """Peak bytes over the weights of K inner steps, the outer gradient and the way back.
+    """Peak bytes over the weights of K inner steps, the outer gradient, the way back and the generator's policy gradient.
 
     `inner` and `outer` are batches of the largest shapes to expect (their numbers do not matter). `recompute` is
     blockwise's; `checkpoint` says that first-order passes recompute block by block. `need_init`: dL/dphi_0 is wanted.
-    `keep_grads`: `inner.adapt`'s; where it is False and the rule may clip, it is taken that it does. `seen`: a dict that calls on the same model and batches share, for what engines have in common (first-order passes).
+    `keep_grads`: `inner.adapt`'s; where it is False and the rule may clip, it is taken that it does. `policy`: the micro-batch of the policy gradient,
+    of one adapter (None: the generator is not trained), `with_kl` as for `predict_outer`. `loops`: inner loops of a step
+    whose trajectories are held together. `seen`: a dict that calls on the same model and batches share, for what engines have in common (first-order passes).
     """
     rule = rule or Rule()
     need_hessian = need_init or steps > 1
@@ -173,8 +178,9 @@ def predict(
     T = inner.tokens_TPS.shape[0]
     recorded = min(steps, metagrad.RECORDED) if engine == "reverse" else 0
     known = {} if seen is None else seen
-    first_order = list(known.get(checkpoint, ()))
-    measure = not first_order
+    measure = checkpoint not in known
+    first_order: list[int] = []
+    writing: list[int] = []
     sweep: list[int] = []
     size: list[int] = []
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -188,6 +194,10 @@ def predict(
             if measure:
                 with _counting(first_order):
                     _first_order(model, max(examples, last, key=lambda x: x.tokens_TPS.numel()), adapter, own)
+            if measure and policy is not None:
+                alone = _adapter(model.layers, shape.rank, 1, exact)
+                with _counting(writing):
+                    _first_order(model, _fake(policy, mode), alone, own, with_kl=with_kl)
             products = _products(model, examples, weight_TN, engine, recompute, own)
             grad = {key: torch.empty_like(x) for key, x in adapter.items()}
             with _counting(sweep):
@@ -198,8 +208,9 @@ def predict(
                     _first_order(model, last, adapter, own)
                 while taken:
                     products(Step(adapter, {}, taken.pop(), weight_TN), grad, need_hessian)
-    known[checkpoint] = first_order
     deep = len(parts.blocks) if parts else hf.config.get_text_config().num_hidden_layers
+    if measure:
+        known[checkpoint] = max(_line(first_order, deep), _line(writing, deep) if writing else 0)
     one = _line(size, deep)
     # An inner step keeps where it started, its gradient and the optimizer's state; then there are the adapted adapter,
     # the outer gradient, and on the way back lam, mu and the cotangent of the state.
@@ -207,8 +218,8 @@ def predict(
     # The gradients of recorded steps are counted with their graphs.
     spared = not keep_grads and optimizers.is_plain(rule) and rule.clip is None
     grads = 0 if spared else steps - recorded
-    kept = one * (steps * (1 + states) + grads + 1)
-    return Peak(_line(first_order, deep), _line(sweep, deep) + one * (3 + states), kept)
+    kept = one * (steps * (1 + states) + grads + 1) * loops
+    return Peak(known[checkpoint], _line(sweep, deep) + one * (3 + states), kept)
 
 
 def predict_outer(
@@ -274,25 +285,28 @@ def choose(
     rule: Rule | None = None,
     need_init: bool = False,
     keep_grads: bool = True,
+    policy: Packed | None = None,
+    with_kl: bool = False,
+    loops: int = 1,
 ) -> Choice:
     """The fastest exact engine that fits into `memory_gb` (default: what the device has free, shared by `ranks`) beside
     `gathered` bytes of a sharded base.
 
     `parts` None: the blocks were not found, so reverse is the only one. `checkpoint`: first-order passes recompute
-    anyhow (inner.checkpoint). Raises MassError when none fits. Takes seconds, so it belongs to a run's start.
+    anyhow (inner.checkpoint). `policy`, `with_kl`, `loops`: as for `predict`. Raises MassError when none fits. Takes seconds, so it belongs to a run's start.
     """
     limit = memory_gb * 1e9 if memory_gb is not None else free_bytes(next(hf.parameters()).device) / ranks
     whose = "meta_gradient.memory_gb" if memory_gb is not None else "free"
     tried: list[str] = []
     least = float("inf")
-    seen: dict[bool, list[int]] = {}
+    seen: dict[bool, int] = {}
     for engine, recompute, own_checkpoint in _ORDER:
         if (parts is None and engine == "blockwise") or (checkpoint and not own_checkpoint and recompute):
             continue
         again = parts is not None and (checkpoint or own_checkpoint)
         peak = predict(
             hf, parts, shape, inner, outer, engine=engine, steps=steps, recompute=recompute, checkpoint=again, rule=rule,
-            need_init=need_init, keep_grads=keep_grads, seen=seen,
+            need_init=need_init, keep_grads=keep_grads, policy=policy, with_kl=with_kl, loops=loops, seen=seen,
         )  # fmt: skip
         words = engine + {("blockwise", False): " without recomputation"}.get((engine, recompute), "")
         words += " with recomputed first-order passes" if again else ""
@@ -307,7 +321,7 @@ def choose(
         least = min(least, total)
     raise MassError(
         f"meta_gradient.mode=auto: no exact engine fits into {limit / 1e9:.2f} GB ({whose}): {'; '.join(tried)}. "
-        f"Raise meta_gradient.memory_gb to {least / 1e9:.2f}, or lower outer.tasks, generate.examples or "
+        f"Raise meta_gradient.memory_gb to {least / 1e9:.2f}, or lower outer.tasks, outer.micro_rows, generate.examples or "
         "generate.max_new_tokens, or take meta_gradient.mode=finite_difference with inner.checkpoint=true."
     )
 

@@ -96,11 +96,16 @@ def make(recipe: Recipe, ranks: int, engines: Collection[str] = tuple(ENGINES)) 
     G = r.outer.rollouts if r.outer.loss == "verifier" else 1
     rule = Rule(i.optimizer, i.momentum, i.beta1, i.beta2, i.eps, i.eps_root, i.clip)
     inner = pack([[Sequence([0] * (PROMPT + new), PROMPT)] * N] * T, 0)
-    last = pack([[Sequence([0] * (PROMPT + answer), PROMPT)] * G] * T, 0, share=blocks.attends_fully(hf))
+    share = blocks.attends_fully(hf)
+    last = pack([[Sequence([0] * (PROMPT + answer), PROMPT)] * G] * T, 0, share=share)
+    policy = None
+    if i.steps and r.outer.writes:
+        at_once = min(T, max(1, r.outer.micro_rows // N))
+        policy = pack([[Sequence([0] * (PROMPT + new), PROMPT)] * N] * at_once, 0, share=share)
     peaks: dict[str, memory.Peak] = {}
     # with inner.checkpoint two engines are one
     same: dict[tuple[str, bool, bool], memory.Peak] = {}
-    seen: dict[bool, list[int]] = {}
+    seen: dict[bool, int] = {}
     if not i.steps:
         peaks[NO_LOOP] = memory.predict_outer(
             hf, parts, shape, last, checkpoint=i.checkpoint, with_kl=_has_kl(r)
@@ -111,7 +116,8 @@ def make(recipe: Recipe, ranks: int, engines: Collection[str] = tuple(ENGINES)) 
         if key not in same:
             same[key] = memory.predict(
                 hf, parts, shape, inner, last, engine=engine, steps=i.steps, recompute=recompute, checkpoint=key[2],
-                rule=rule, need_init=r.outer.through_init, keep_grads=i.learned_lr != "no", seen=seen,
+                rule=rule, need_init=r.outer.through_init, keep_grads=i.learned_lr != "no", policy=policy,
+                with_kl=r.outer.holds, loops=1 + (policy is not None and r.outer.credit == "uniform"), seen=seen,
             )  # fmt: skip
         peaks[name] = same[key]
     rows = min(r.generate.batch_rows, T * max(N, G))

@@ -112,7 +112,7 @@ def _choose(
     if saved is not None and saved[0] != NO_ENGINE:
         return saved[0], saved[1], saved[2], "as the run began"
     r = recipe
-    examples, answers = _longest(recipe, lm, prompts, pool)
+    examples, answers, policy = _longest(recipe, lm, prompts, pool)
     chosen: list[Any] = [None]
     if world.main:
         chosen[0] = memory.choose(
@@ -129,6 +129,9 @@ def _choose(
             rule=rule,
             need_init=r.outer.through_init,
             keep_grads=r.inner.learned_lr != "no",
+            policy=policy if r.outer.writes else None,
+            with_kl=r.outer.holds,
+            loops=1 + (r.outer.writes and r.outer.credit == "uniform"),
         )
     if world.size > 1:
         dist.broadcast_object_list(chosen)
@@ -136,22 +139,31 @@ def _choose(
     return choice.engine, choice.recompute, choice.checkpoint, choice.reason
 
 
-def _longest(recipe: Recipe, lm: LanguageModel, prompts: Prompts, pool: list[Task]) -> tuple[Packed, Packed]:
-    """The largest batches of examples and of answers that a step may have, packed as it packs them: the longest shots and
-    the longest problem of the pool, and every text as long as it may get."""
+def _longest(
+    recipe: Recipe, lm: LanguageModel, prompts: Prompts, pool: list[Task]
+) -> tuple[Packed, Packed, Packed]:
+    """The largest batches of examples, of answers and of the policy gradient that a step may have, packed as it packs them:
+    the longest shots and the longest problem of the pool, and every text as long as it may get."""
     r, pad, share = recipe, lm.tokenizer.pad_token_id, attends_fully(lm.hf)
     tasks = sorted(pool, key=lambda task: len(prompts.solve(task.problem.text, [_solved(task)])))
     shots = [_solved(task) for task in tasks[len(tasks) - r.prompt.solve_shots :]]
     asked = max((len(prompts.solve(task.problem.text, shots)) for task in tasks), default=64)
     # what the prompts of a task's examples have in common; problem and solution together are what was generated
     alike = len(prompts.solve("", shots))
-    examples: list[Sequence | None] = [
-        Sequence([pad] * alike + [n] * r.generate.max_new_tokens, alike) for n in range(r.generate.examples)
-    ]
+    N, new = r.generate.examples, r.generate.max_new_tokens
+    examples: list[Sequence | None] = [Sequence([pad] * alike + [n] * new, alike) for n in range(N)]
     answer = Sequence([pad] * (asked + r.generate.answer_tokens), asked)
     T = min(r.outer.tasks, r.outer.tasks_at_once or r.outer.tasks)
     rollouts = r.outer.rollouts if r.outer.loss == "verifier" else 1
-    return pack([examples] * T, pad, share=share), pack([[answer] * rollouts] * T, pad, share=share)
+    pairs = [(task.problem.text, *_solved(task)) for task in tasks[len(tasks) - r.prompt.generate_shots :]]
+    before = max((len(prompts.generate(task.problem.text, pairs)) for task in tasks), default=64)
+    written = Sequence([pad] * (before + new), before)
+    at_once = min(T, max(1, r.outer.micro_rows // N))
+    return (
+        pack([examples] * T, pad, share=share),
+        pack([[answer] * rollouts] * T, pad, share=share),
+        pack([[written] * N] * at_once, pad, share=share),
+    )
 
 
 def _solved(task: Task) -> tuple[str, str]:

@@ -245,6 +245,16 @@ class Outer:
     max_skipped: int = _key(5, "steps in a row with a non-finite gradient that stop the run", ge=1)
     micro_rows: int = _key(32, "sequences in one policy-gradient forward", ge=1)
 
+    @property
+    def writes(self) -> bool:
+        """Whether the generator is trained."""
+        return self.generator > 0 and self.lr_policy > 0
+
+    @property
+    def holds(self) -> bool:
+        """Whether the generator is held to the base model."""
+        return self.beta > 0 or (self.reward != "example" and self.beta_check > 0)
+
 
 @dataclass(frozen=True)
 class Zero:

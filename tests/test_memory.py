@@ -115,6 +115,24 @@ def test_a_measured_peak_is_not_that_of_the_process_that_started_it() -> None:
     assert float(done.stdout) == pytest.approx(50e6, rel=0.2)
 
 
+@pytest.mark.parametrize("engine", ["reverse", "blockwise"])
+def test_the_policy_gradient_is_planned_for_where_it_is_the_largest_pass(engine: memory.Engine) -> None:
+    """Its batch is of one adapter, whose examples follow longer prompts than those that are learned from."""
+    hf, parts = model()
+    inner, last, long = batch(2), batch(2, examples=1), batch(2, tokens=400)
+    how: dict[str, Any] = {"engine": engine, "steps": 2}
+    plain = memory.predict(hf, parts, SHAPE, inner, last, **how)
+    for with_kl in (False, True):
+        written = memory.predict(hf, parts, SHAPE, inner, last, policy=long, with_kl=with_kl, **how)
+        alone = memory.predict_outer(hf, parts, SHAPE, long, with_kl=with_kl)
+        assert written.first_order == alone.first_order > 3 * plain.first_order
+        assert (written.sweep, written.kept) == (plain.sweep, plain.kept)
+    short = memory.predict(hf, parts, SHAPE, inner, last, policy=batch(1, examples=1), with_kl=True, **how)
+    assert short == plain
+    two = memory.predict(hf, parts, SHAPE, inner, last, loops=2, **how)
+    assert (two.first_order, two.sweep, two.kept) == (plain.first_order, plain.sweep, 2 * plain.kept)
+
+
 def test_a_divergence_from_the_base_takes_one_more_chunk_of_logits() -> None:
     """Where the vocabulary is far the largest size, so that the peak is in the head."""
     hf, parts = model(vocab_size=20_000)

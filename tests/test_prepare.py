@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from mass import memory, prepare
-from mass.batch import Packed
+from mass.batch import Packed, Sequence, pack
+from mass.blocks import attends_fully
 from mass.distributed import World
 from mass.practice import pack_examples, solve_sequence
 from mass.prompts import Example
@@ -22,9 +23,11 @@ T, N = 2, 3
 @pytest.mark.parametrize("shots", [0, 3])
 def test_auto_plans_for_the_shots_that_a_step_shows(shots: int, monkeypatch: pytest.MonkeyPatch) -> None:
     planned: list[Packed] = []
+    told: dict[str, Any] = {}
 
-    def choose(hf: Any, parts: Any, shape: Any, inner: Packed, outer: Packed, **_: Any) -> memory.Choice:
+    def choose(hf: Any, parts: Any, shape: Any, inner: Packed, outer: Packed, **how: Any) -> memory.Choice:
         planned.extend((inner, outer))
+        told.update(how)
         return memory.Choice("reverse", True, False, memory.Peak(0, 0, 0), "")
 
     monkeypatch.setattr(memory, "choose", choose)
@@ -34,6 +37,8 @@ def test_auto_plans_for_the_shots_that_a_step_shows(shots: int, monkeypatch: pyt
             f"outer.tasks={T}",
             f"generate.examples={N}",
             f"prompt.solve_shots={shots}",
+            f"prompt.generate_shots={shots}",
+            "outer.micro_rows=4",
             "prompt.pool=8",
             "meta_gradient.mode=auto",
         ],
@@ -54,3 +59,29 @@ def test_auto_plans_for_the_shots_that_a_step_shows(shots: int, monkeypatch: pyt
     for task, own_shots in zip(some, shown, strict=True):
         asked = solve_sequence(setting.prompts, task.problem.text, task.solution, own_shots).prompt
         assert asked <= outer.length_TN[0, 0] - recipe.generate.answer_tokens
+    # the generator's policy gradient: the examples of one task of two, behind the prompts that they are written after
+    new, lm = recipe.generate.max_new_tokens, setting.lm
+    for task, own_shots in zip(some, draw_shots(setting, some), strict=True):
+        asked_for = setting.prompts.generate(task.problem.text, own_shots.generate)
+        rows = [[Sequence([*asked_for, *[n] * new], len(asked_for)) for n in range(N)]]
+        taken = pack(rows, lm.tokenizer.pad_token_id, share=attends_fully(lm.hf))
+        assert taken.size <= told["policy"].size <= 1.2 * taken.size
+    assert told["with_kl"] and told["loops"] == 1
+
+
+def test_auto_plans_for_no_generator_where_none_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[bool, int]] = []
+
+    def choose(*_: Any, **how: Any) -> memory.Choice:
+        told.append((how["policy"] is None, how["loops"]))
+        return memory.Choice("reverse", True, False, memory.Peak(0, 0, 0), "")
+
+    monkeypatch.setattr(memory, "choose", choose)
+    for changes in (
+        ["outer.generator=0"],
+        ["outer.lr_policy=0", "outer.credit=uniform"],
+        ["outer.credit=uniform"],
+    ):
+        recipe = load(ROOT / "recipes/smoke.yaml", ["meta_gradient.mode=auto", *changes])
+        prepare.make_setting(recipe, World(0, 1, torch.device("cpu")), [], None)
+    assert told == [(True, 1), (True, 1), (False, 2)]
