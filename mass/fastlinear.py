@@ -21,6 +21,8 @@ from mass.rowkernel import RowUpdates
 Forward = Callable[[Tensor], Tensor]
 
 _packed: "weakref.WeakKeyDictionary[nn.Linear, tuple[tuple[int, int], Tensor]]" = weakref.WeakKeyDictionary()
+# Layers that share an input, as a forward has shown them, by the first layer of a model.
+_groups: "weakref.WeakKeyDictionary[nn.Module, list[list[str]]]" = weakref.WeakKeyDictionary()
 # Tokens of one adapter from which oneDNN's bf16 products are faster than MKL's fp32 ones.
 ROWS_FOR_BASE_TYPE = 16
 
@@ -89,7 +91,7 @@ class RowAdapters:
 
     Rows of one adapter form one matrix product. Adapters that no row uses any more are left out of it when
     they have become half of all. Layers that are called with one and the same tensor (q, k and v; gate and up)
-    share the product by A: the first forward shows which they are. Where every row is one token on a CPU, both
+    share the product by A: the first forward of a model shows which they are. Where every row is one token on a CPU, both
     products are compiled code (`rowkernel`), with adapters in the base's dtype; `traced` says that the forward will be
     traced, which wants operations of PyTorch.
     """
@@ -98,13 +100,14 @@ class RowAdapters:
         self.layers, self.traced = layers, traced
         self.adapter = {key: tensor.detach() for key, tensor in adapter.items()}
         self.names = sorted({key.rpartition(".")[0] for key in adapter})
-        self.count, self.device = (
-            len(self.adapter[f"{self.names[0]}.A"]),
-            self.adapter[f"{self.names[0]}.A"].device,
-        )
-        self.base_type = layers[self.names[0]].weight.dtype
-        # layers that share an input; empty until a forward has shown them
-        self.groups: list[list[str]] = []
+        first = layers[self.names[0]]
+        self.base_type = first.weight.dtype
+        a_TRI = self.adapter[f"{self.names[0]}.A"]
+        self.count, self.device = len(a_TRI), a_TRI.device
+        # layers that share an input; empty until a forward of this model has shown them
+        self.groups = _groups.setdefault(first, [])
+        if self.groups and sorted(name for group in self.groups for name in group) != self.names:
+            self.groups = _groups[first] = []
         self.used: list[int] = []
         self.place_B: list[int] = []
         self.compiled = False
@@ -120,9 +123,9 @@ class RowAdapters:
         self.shared: tuple[Tensor, Callable[[Tensor], Sequence[Tensor]], Sequence[Tensor]] | None = None
 
     def apart(self) -> "RowAdapters":
-        """The same adapters for other rows; either learns from the other's forward which layers share an input."""
+        """The same adapters for other rows."""
         other = RowAdapters(self.layers, self.adapter, self.traced)
-        other.groups, other.scaled = self.groups, self.scaled
+        other.scaled = self.scaled
         return other
 
     def set_rows(self, index: Sequence[int], tokens: int = 1) -> None:

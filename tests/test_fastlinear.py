@@ -11,7 +11,8 @@ from mass.fastlinear import RowAdapters
 from mass.generate import generate
 
 
-def test_layers_called_with_one_tensor_share_the_product_by_a(llama: Any) -> None:
+def test_layers_called_with_one_tensor_share_the_product_by_a() -> None:
+    llama = build()
     adapters = some_adapters(llama, 3)
     rows = RowAdapters(llama.lora, adapters)
     x = torch.tensor([[5, 6, 7], [9, 8, 7], [5, 5, 5]])
@@ -53,7 +54,8 @@ def test_bf16_layers_with_an_adapter_a_row(count: int) -> None:
     torch.testing.assert_close(got, want, atol=0.1, rtol=0.02)
 
 
-def test_a_layer_that_the_first_forward_left_out_follows_the_rows_too(llama: Any) -> None:
+def test_a_layer_that_the_first_forward_left_out_follows_the_rows_too() -> None:
+    llama = build()
     adapters = some_adapters(llama, 4)
     rows = RowAdapters(llama.lora, adapters)
     rows.set_rows([0, 1, 2, 3])
