@@ -47,7 +47,7 @@ class Arm:
         """What it works with, out of all that its plan loads."""
         if not self.bare:
             return whole
-        bare = dataclasses.replace(whole, policy=None, head=None, chooser=None)
+        bare = dataclasses.replace(whole, policy=None, author=None, head=None, chooser=None)
         return dataclasses.replace(bare, fisher=fisher_information(bare)) if bare.fisher else bare
 
 

@@ -136,7 +136,7 @@ def _engine(plan: Plan) -> tuple[str, bool, bool]:
 
 def _setting(plan: Plan, kit: Kit) -> tuple[Setting, dict[str, Tensor]]:
     """The run as it trained, but for the outer loss and truncation; and the logarithms of its learned inner rates."""
-    assert plan.step is not None and kit.head is not None and kit.policy is not None
+    assert plan.step is not None and kit.head is not None
     r = plan.recipe
     engine, recompute, again = _engine(plan)
     if engine == "blockwise" and kit.parts is None:
@@ -175,14 +175,15 @@ def _rows(
     examples: list[dict[str, Any]],
 ) -> None:
     """Append the rows of T problems."""
-    assert kit.policy is not None
+    policy = kit.policy if kit.author is None else kit.author
+    assert policy is not None
     room = Room(None, setting.recipe.inner.steps, False, [[] for _ in tasks])
     practice = self_made(kit, [task.problem for task in tasks], room)
     of_problem: dict[str, list[Any]] = {}
     of_example: dict[str, list[Any]] = {"tokens": practice.packed.count_TN.tolist()}
     if practice.valid_TN.any():
         score_TN = _scores(setting, practice, tasks)
-        dot_TN, before_T = credit.one_step(setting, tasks, practice, kit.policy)
+        dot_TN, before_T = credit.one_step(setting, tasks, practice, policy)
         of_problem["loss_before"] = before_T.tolist()
         of_example |= {"score": score_TN.tolist(), "one_step": dot_TN.tolist()}
         eta = {key: p.detach() for key, p in setting.head.named_parameters()}
@@ -194,7 +195,7 @@ def _rows(
                 )
             for rows, values in zip(
                 (of_problem, of_example),
-                _under(setting, practice, tasks, eta, score_TN, kit.policy, log_lr),
+                _under(setting, practice, tasks, eta, score_TN, policy, log_lr),
                 strict=True,
             ):
                 rows |= {f"{key}{end}": x.tolist() for key, x in values.items()}

@@ -113,6 +113,18 @@ def _in_training(r: Recipe) -> Iterator[tuple[str, str]]:
             f"inner.learned_lr={r.inner.learned_lr} learns the logarithm of a rate that starts at inner.lr=0"
         )
         yield "inner.learned_lr inner.lr", f"{text}. Use inner.lr=0.3, or inner.learned_lr=no."
+    if r.inner.start == "base" and r.inner.steps == 0:
+        text = "inner.start=base with inner.steps=0: without an inner loop the outer loss trains the policy to answer"
+        yield "inner.start inner.steps", f"{text}. Use inner.start=policy, or inner.steps=1 or more."
+    elif r.inner.start == "base" and r.outer.gamma > 0:
+        text = f"inner.start=base with outer.gamma={r.outer.gamma:g}: the policy only writes, and what answers is not trained"
+        yield "inner.start outer.gamma", f"{text}. Use outer.gamma=0, or inner.start=policy."
+    if r.inner.start == "base" and r.outer.through_init:
+        text = "inner.start=base with outer.through_init=true: the inner loop does not start from what is trained"
+        yield (
+            "inner.start outer.through_init",
+            f"{text}. Use outer.through_init=false, or inner.start=policy.",
+        )
     if truncate is not None and truncate > r.inner.steps:
         text = f"meta_gradient.truncate={truncate} is more than inner.steps={r.inner.steps}"
         yield "meta_gradient.truncate inner.steps", f"{text}. Use null to differentiate all steps."

@@ -18,7 +18,7 @@ from mass.lora import Adapter, expand
 from mass.outer_loss import outer_loss
 from mass.practice import Practice, fine_tune, seed_of
 from mass.problems import Task
-from mass.setting import Setting, draw_shots, inner_rates, make_products
+from mass.setting import Setting, beginning, draw_shots, inner_rates, make_products
 
 # seeds the answers that a verified outer loss samples; not a step that training takes
 STEP = -1
@@ -59,7 +59,7 @@ def update(
         setting.lm,
         practice.packed,
         weight_TN,
-        expand(policy, len(tasks)),
+        expand(beginning(setting, policy), len(tasks)),
         rule=setting.rule,
         lr=inner_rates(setting, log_lr, policy),
         steps=i.steps,
@@ -107,7 +107,7 @@ def one_step(
 
     Of the weights it knows nothing. Source: TracIn, arXiv 2002.08484; for fine-tuning LESS, arXiv 2402.04333.
     """
-    start = expand(policy, len(tasks))
+    start = expand(beginning(setting, policy), len(tasks))
     shots = [own.solve for own in draw_shots(setting, tasks)]
     before = outer_loss(setting, tasks, shots, start, STEP, "before")
     zero_TN = torch.zeros_like(practice.valid_TN, dtype=before.loss_T.dtype)

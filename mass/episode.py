@@ -18,7 +18,7 @@ from mass import metagrad, outer, scorer
 from mass.batch import Packed, Sequence, pack
 from mass.blocks import attends_fully
 from mass.forward import loss_and_grad, reference_states
-from mass.lora import Adapter, expand
+from mass.lora import Adapter, expand, select
 from mass.metagrad import MetaGradient
 from mass.metrics import step_metrics, truth_metrics
 from mass.outer_loss import OuterLoss, outer_loss
@@ -27,6 +27,7 @@ from mass.problems import Task
 from mass.setting import (
     Setting,
     answer_sampling,
+    beginning,
     draw_shots,
     example_sampling,
     inner_rates,
@@ -73,7 +74,7 @@ def run(
     waited = lm.shards.waited if lm.shards else 0.0
     targets = [task.problem.text for task in tasks]
     T, N = len(tasks), recipe.generate.examples
-    start = expand(policy, T)
+    start = expand(beginning(setting, policy), T)
     one = expand(policy, 1)
     shots = draw_shots(setting, tasks)
     solve_shots = [own.solve for own in shots]
@@ -147,7 +148,7 @@ def run(
     answers: tuple[list[str], list[str]] = ([], [])
     if show:
         with clock("generate"):
-            answers = _show(setting, targets[:show], solve_shots[:show], one, loop.tuned, show)
+            answers = _show(setting, targets[:show], solve_shots[:show], select(start, [0]), loop.tuned, show)
     lm.settle()
     if lm.shards:
         clock.seconds["gather"] = lm.shards.waited - waited

@@ -148,6 +148,10 @@ class Inner:
     eps: float = _key(1e-8, "of adam, added to the square root", ge=0)
     eps_root: float = _key(0.0, "of adam, added under the square root: tames its derivative", ge=0)
     clip: float | None = _key(1.0, "largest norm of a task's inner gradient; null = off", gt=0)
+    start: Literal["policy", "base"] = _key(
+        "policy",
+        "what is updated and answers: the policy, which writes the examples too, or the base model; then the policy only writes",
+    )
     max_growth: float | None = _key(
         2.0,
         "drop a task whose inner loss grows by this factor; null = do not look, a forward pass less",

@@ -11,6 +11,7 @@ from mass import metagrad
 from mass.batch import Packed
 from mass.blocks import Split
 from mass.choices import Kit
+from mass.choices.kit import untrained
 from mass.lora import Adapter
 from mass.metagrad import Products
 from mass.model import LanguageModel
@@ -40,6 +41,15 @@ class Setting:
     verifier: Verifier
     rule: Rule
     head: Scorer
+
+
+def beginning(setting: Setting, policy: Adapter) -> Adapter:
+    """Where the inner loop starts, and what answers without one, without task axis: the policy, or a fresh adapter."""
+    if setting.recipe.inner.start == "policy":
+        return policy
+    rank = next(x.shape[0] for key, x in policy.items() if key.endswith(".A"))
+    start = untrained(setting.lm, rank, setting.recipe.run.seed)
+    return {key: x.to(policy[key]) for key, x in start.items()}
 
 
 def inner_rates(setting: Setting, log_lr: Mapping[str, Tensor], policy: Adapter) -> dict[str, Tensor]:
@@ -104,7 +114,8 @@ def kit(setting: Setting, policy: Adapter, eta: Mapping[str, Tensor], log_lr: Ma
         examples=r.generate.examples,
         steps=r.inner.steps,
         max_growth=r.inner.max_growth,
-        policy=policy,
+        policy=policy if r.inner.start == "policy" else None,
+        author=policy if r.inner.start == "base" else None,
         head=setting.head,
         eta=eta,
         depths=r.scorer.layers,

@@ -93,7 +93,7 @@ def handmade(monkeypatch: pytest.MonkeyPatch) -> None:
         return Practice([], rollouts, examples, packed, valid_TN)
 
     three = [Rollout([1, 2, 3], [0.0] * 3, True, "")] * 3
-    monkeypatch.setattr(choices.examples, "written", lambda kit, asked, *_: [three] * len(asked))
+    monkeypatch.setattr(choices.examples, "written", lambda kit, asked, *_, **__: [three] * len(asked))
     monkeypatch.setattr(choices.examples, "read_examples", read)
 
 

@@ -17,6 +17,7 @@ from mass import arms, evaluate, practice
 from mass.choices import Texts
 from mass.choices.kit import greedily, sample
 from mass.kit import plan
+from mass.lora import expand
 from mass.methods import solve
 from mass.prompts import make_prompts
 from mass.records import Record, Seconds
@@ -108,7 +109,7 @@ def test_a_text_is_shared_by_all_that_it_hangs_on() -> None:
     greedily(kit, PROBLEMS)
     assert len(keys) == len(set(keys)) == 1 + 5 + len(fields(kit.answering)) + 5
     # an adapter of a problem's own is nobody else's
-    greedily(kit, PROBLEMS[:1], kit.one)
+    greedily(kit, PROBLEMS[:1], expand(kit.policy, 1))
     assert len(keys) == len(set(keys))
 
 

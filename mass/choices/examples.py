@@ -44,7 +44,7 @@ def self_made(kit: Kit, problems: Seq[Problem], room: Room) -> Practice:
     solve_shots = [s.solve for s in shots]
 
     def draw(which: Seq[range]) -> Drawn:
-        return written(kit, asked, seeds(which), kit.writing)
+        return written(kit, asked, seeds(which), kit.writing, examples=True)
 
     def cost(t: int, own: list[Rollout]) -> list[int]:
         read = filter_examples([parse_example(r.text, finished=r.finished) for r in own], texts[t])

@@ -16,7 +16,7 @@ from mass.choices.texts import Drawn, Texts
 from mass.chooser import Chooser
 from mass.demonstrations import stated
 from mass.generate import Rollout
-from mass.lora import Adapter, expand, fresh
+from mass.lora import Adapter, LoraShape, expand, fresh
 from mass.model import LanguageModel, context_length
 from mass.optimizers import Rule
 from mass.practice import Practice, Sampling, answer, draw, seed_of
@@ -35,7 +35,8 @@ Teacher = Callable[[Seq[str], Seq[Seq[tuple[str, str, str]]], Seq[Seq[int]]], li
 class Kit:
     """Everything that methods work with, the same for all problems.
 
-    policy         adapter without task axis that writes and answers; None: the base model, updated from a fresh adapter
+    policy         adapter without task axis that answers and is updated; None: the base model, updated from a fresh one
+    author         adapter without task axis that writes the practice examples; None: the policy does
     head, eta      the scorer and its parameters (eta None: the head's own); head None: no method may weigh by it
     depths         of the scorer's features; pool_kind: "solution" or "all"; temperature: of its softmax
     lr             0-d tensor for each adapter tensor; rule, steps (K), max_growth: of the update
@@ -61,6 +62,7 @@ class Kit:
     steps: int = 2
     max_growth: float | None = 2.0
     policy: Adapter | None = None
+    author: Adapter | None = None
     head: scorer.Scorer | None = None
     eta: Mapping[str, Tensor] | None = None
     depths: Seq[float] = (0.5, 1.0)
@@ -81,19 +83,11 @@ class Kit:
     truth: Callable[[Problem, str, str], Truth | None] | None = None
     texts: Texts | None = None
 
-    @property
-    def one(self) -> Adapter | None:
-        """The policy as an adapter of one task."""
-        return None if self.policy is None else expand(self.policy, 1)
-
     @functools.cached_property
-    def writer(self) -> str:
-        """A hash of what stands on the base model when the policy writes: its values, and where and how they count."""
-        digest = hashlib.sha256(repr(self.lm.shape).encode())
-        for key, tensor in sorted((self.policy or {}).items()):
-            digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+    def marks(self) -> tuple[str, str]:
+        """Hashes of what stands on the base model when the policy answers, and when examples are written."""
+        answers = _mark(self.lm.shape, self.policy)
+        return answers, answers if self.author is None else _mark(self.lm.shape, self.author)
 
     def clock(self) -> float:
         """Seconds for differences. Texts that were there already count with what drawing them took, so that a method is
@@ -178,19 +172,36 @@ def beginning(kit: Kit) -> Adapter:
     if kit.policy is not None:
         return kit.policy
     assert kit.lm.shape is not None
-    return fresh(kit.lm.lora, kit.lm.shape.rank, torch.Generator().manual_seed(seed_of(kit.seed, "fresh")))
+    return untrained(kit.lm, kit.lm.shape.rank, kit.seed)
 
 
-def written(kit: Kit, asked: Seq[list[int]], seeds: Seq[Seq[int]], sampling: Sampling) -> Drawn:
-    """What the policy writes behind each prompt (token ids), once for each of its seeds."""
+def untrained(lm: LanguageModel, rank: int, seed: int) -> Adapter:
+    """A fresh adapter without task axis (B = 0), the same for a seed."""
+    return fresh(lm.lora, rank, torch.Generator().manual_seed(seed_of(seed, "fresh")))
+
+
+def _mark(shape: LoraShape | None, adapter: Adapter | None) -> str:
+    """A hash of an adapter's values, and of where and how they count."""
+    digest = hashlib.sha256(repr(shape).encode())
+    for key, tensor in sorted((adapter or {}).items()):
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def written(
+    kit: Kit, asked: Seq[list[int]], seeds: Seq[Seq[int]], sampling: Sampling, *, examples: bool = False
+) -> Drawn:
+    """What the policy writes behind each prompt (token ids), once for each of its seeds; of `examples` what their author writes."""
+    by = kit.author if examples and kit.author is not None else kit.policy
 
     def anew() -> Drawn:
-        return draw(kit.lm, kit.prompts, asked, seeds, sampling, kit.one)
+        return draw(kit.lm, kit.prompts, asked, seeds, sampling, None if by is None else expand(by, 1))
 
     if kit.texts is None:
         return anew()
     ends = kit.prompts.stop_ids, kit.prompts.stop_strings
-    call = repr((kit.writer, list(asked), list(map(list, seeds)), sampling, ends))
+    call = repr((kit.marks[examples], list(asked), list(map(list, seeds)), sampling, ends))
     return kit.texts.draw(hashlib.sha256(call.encode()).hexdigest(), anew)
 
 
