@@ -1,5 +1,7 @@
 """The compiled updates of rows: exact to rounding, in any order of rows, and left out with a reason where nothing compiles."""
 
+import os
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +16,9 @@ from mass.generate import generate
 from mass.rowkernel import RowUpdates
 
 ADAPTERS = [2, 0, 0, 3, 1, 2, 2]
+compiled = pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "g++").split()[0]) is None, reason="needs a C++ compiler"
+)
 
 
 @pytest.fixture
@@ -33,6 +38,7 @@ def stack(dtype: torch.dtype, ranks: list[int], outs: list[int]) -> tuple[Tensor
     return x.to(dtype), a.to(dtype), [b_TRO.to(dtype) for b_TRO in b]
 
 
+@compiled
 @pytest.mark.parametrize(("ranks", "outs"), [([8], [64]), ([1, 8, 3], [5, 200, 5]), ([16, 16], [129, 1])])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_updates_are_those_of_float64_rounded_once(
@@ -53,6 +59,7 @@ def test_updates_are_those_of_float64_rounded_once(
             assert (error > 0).double().mean() < 0.02 and error.max() < 2**-7
 
 
+@compiled
 def test_threads_share_the_rows_and_change_no_number() -> None:
     x, a, b = stack(torch.bfloat16, [8, 8], [64, 96])
     before = torch.get_num_threads()
@@ -68,6 +75,7 @@ def test_threads_share_the_rows_and_change_no_number() -> None:
         assert torch.equal(one, two)
 
 
+@compiled
 def test_a_number_that_is_none_stays_one() -> None:
     """A diverged adapter is seen, not rounded to something."""
     for dtype in (torch.float32, torch.bfloat16):
@@ -80,6 +88,7 @@ def test_a_number_that_is_none_stays_one() -> None:
         assert y[:, 0, 0].isinf().tolist() == [adapter == 0 for adapter in ADAPTERS]
 
 
+@compiled
 def test_an_input_that_lies_otherwise_in_memory_is_read_as_it_is() -> None:
     x, a, b = stack(torch.bfloat16, [8], [64])
     updates = RowUpdates(a, b, [torch.empty(7, 1, 64, dtype=torch.bfloat16)], ADAPTERS)
@@ -108,6 +117,7 @@ def test_without_a_compiler_the_reason_is_said_once_and_text_is_the_same(
     assert len(said) == 1 and f"{compiler} does not compile rowkernel.cpp (" in said[0]
 
 
+@compiled
 def test_a_traced_step_has_no_compiled_call() -> None:
     """Its numbers would be those of the step that was traced."""
     lm = build(dtype=torch.bfloat16)

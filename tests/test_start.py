@@ -75,9 +75,9 @@ def test_the_author_writes_and_texts_are_shared_by_who_writes_them() -> None:
     bare = replace(whole, policy=None)
     assert apart.marks == (bare.marks[0], whole.marks[1]) and whole.marks[0] != bare.marks[0]
     drawn = []
-    for kit in (whole, apart, bare):
-        solve(kit, PROBLEMS, "quest", baselines=False)
-        assert kit.texts is not None
-        drawn.append(len(kit.texts.found))
+    for one in (whole, apart, bare):
+        solve(one, PROBLEMS, "quest", baselines=False)
+        assert one.texts is not None
+        drawn.append(len(one.texts.found))
     # examples and, as none of them is well formed, answers; then the base's answers alone; then the base's examples alone
     assert drawn == [2, 3, 4]
