@@ -21,8 +21,6 @@ from mass.rowkernel import RowUpdates
 Forward = Callable[[Tensor], Tensor]
 
 _packed: "weakref.WeakKeyDictionary[nn.Linear, tuple[tuple[int, int], Tensor]]" = weakref.WeakKeyDictionary()
-# Layers that share an input, as a forward has shown them, by the first layer of a model.
-_groups: "weakref.WeakKeyDictionary[nn.Module, list[list[str]]]" = weakref.WeakKeyDictionary()
 # Tokens of one adapter from which oneDNN's bf16 products are faster than MKL's fp32 ones.
 ROWS_FOR_BASE_TYPE = 16
 
@@ -91,7 +89,7 @@ class RowAdapters:
 
     Rows of one adapter form one matrix product. Adapters that no row uses any more are left out of it when
     they have become half of all. Layers that are called with one and the same tensor (q, k and v; gate and up)
-    share the product by A: the first forward of a model shows which they are. Where every row is one token on a CPU, both
+    share the product by A: the first forward shows which they are. Where every row is one token on a CPU, both
     products are compiled code (`rowkernel`), with adapters in the base's dtype; `traced` says that the forward will be
     traced, which wants operations of PyTorch.
     """
@@ -104,10 +102,8 @@ class RowAdapters:
         self.base_type = first.weight.dtype
         a_TRI = self.adapter[f"{self.names[0]}.A"]
         self.count, self.device = len(a_TRI), a_TRI.device
-        # layers that share an input; empty until a forward of this model has shown them
-        self.groups = _groups.setdefault(first, [])
-        if self.groups and sorted(name for group in self.groups for name in group) != self.names:
-            self.groups = _groups[first] = []
+        # layers that share an input; empty until a forward has shown them
+        self.groups: list[list[str]] = []
         self.used: list[int] = []
         self.place_B: list[int] = []
         self.compiled = False
@@ -125,7 +121,7 @@ class RowAdapters:
     def apart(self) -> "RowAdapters":
         """The same adapters for other rows."""
         other = RowAdapters(self.layers, self.adapter, self.traced)
-        other.scaled = self.scaled
+        other.groups, other.scaled = self.groups, self.scaled
         return other
 
     def set_rows(self, index: Sequence[int], tokens: int = 1) -> None:

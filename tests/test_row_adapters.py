@@ -118,24 +118,6 @@ def test_the_prompts_forward_shows_the_decode_step_which_layers_share_an_input()
     assert products(apart) - products(together) == 2 * 3
 
 
-def test_a_model_is_asked_once_which_layers_share_an_input() -> None:
-    lm = build()
-    ids = torch.tensor([[5, 6, 7], [8, 9, 3]])
-
-    def products(adapter: lora.Adapter) -> int:
-        rows = RowAdapters(lm.lora, adapter)
-        rows.set_rows([0, 1], tokens=3)
-        with torch.no_grad(), rows.applied():
-            return operations(lambda: lm.hf(ids))["aten::bmm"]
-
-    first, second = (products(some_adapters(lm, 2)) for _ in range(2))
-    assert first - second == 2 * 3
-    # an adapter of other layers is another matter
-    part = {key: tensor for key, tensor in some_adapters(lm, 2).items() if "v_proj" not in key}
-    assert products(part) - products(part) == 2 * 2
-    assert products(some_adapters(lm, 2)) == first
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("first", [[0, 1, 2, 3, 4], [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]])
 def test_rows_that_leave_and_come_use_their_own_adapters(dtype: torch.dtype, first: list[int]) -> None:
