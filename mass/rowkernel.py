@@ -1,8 +1,8 @@
 """The compiled product of `rowkernel.cpp`: the LoRA updates of rows of one token, for layers that share their input.
 
 A step of a small model on a CPU is bound by memory and by the number of operations. PyTorch's products of one row by a
-small bf16 matrix read memory at a fifth of its speed, and need several operations a layer; this is one call for q, k and v,
-and reads every adapter once. The C++ is compiled when it is first needed, in about a second, by the compiler that
+small bf16 matrix read 3 to 6 GB/s (docs/performance.md) and need several operations a layer; this is one call for q, k
+and v, and reads every adapter once, at 11 to 14 GB/s. The C++ is compiled when it is first needed, in about a second, by the compiler that
 `torch.compile` would use (`CXX`, or `g++`), into a folder that is gone again once it is loaded.
 """
 
@@ -34,7 +34,7 @@ class _Layout(ctypes.Structure):
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled code; None, with a warning that says why, on a machine that cannot compile it."""
-    compiler = os.environ.get("CXX", "g++")
+    compiler = os.environ.get("CXX") or "g++"
     try:
         with tempfile.TemporaryDirectory(prefix="mass-") as folder:
             file = Path(folder) / "rowkernel.so"
@@ -42,10 +42,12 @@ def library() -> ctypes.CDLL | None:
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
             found = ctypes.CDLL(str(file))
     except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or str(error)
+        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        # compilers say where they are before they say what is wrong
+        reason = next((line for line in said if "error" in line), said[0])
         warnings.warn(
             f"generation multiplies by adapters with PyTorch's own products, which is slower: {compiler} does not compile "
-            f"{SOURCE.name} ({said.strip().splitlines()[0]})",
+            f"{SOURCE.name} ({reason})",
             stacklevel=2,
         )
         return None

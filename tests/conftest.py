@@ -5,6 +5,7 @@ import os
 # two cores are shared by all that runs here; set before torch is imported
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -123,3 +124,19 @@ def write(tmp_path: Path) -> Callable[[str], Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 640 KiB: it takes one save of a tiny run and a part of the next."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=640k", "tmpfs", str(folder)], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        # nothing else makes a disk that is truly full; a full one that is only pretended is tested everywhere
+        pytest.skip(f"mounting a small disk needs root: {mounted.stderr.strip()}")
+    yield folder
+    # lazily, since this process may hold a lock in it
+    subprocess.run(["umount", "-l", str(folder)], check=True)

@@ -4,7 +4,6 @@ import errno
 import os
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -72,19 +71,6 @@ def test_a_failing_disk_keeps_earlier_saves(tmp_path, monkeypatch, call, code, w
     assert names(run) == ["step_000010"] and hidden(run.folder) == []
     save(run, 20, contents(2), keep=1)
     assert_same(load(run.folder, make_layers()), contents(2))
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 512 KiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", place], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("mounting a file system needs root")
-    yield place
-    # lazily, since this process holds the lock in it
-    subprocess.run(["umount", "-l", place], check=True)
 
 
 # too full for the policy, for the optimizer, for the last small file

@@ -72,7 +72,6 @@ CASES = [
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-@pytest.mark.skipif(sys.platform != "linux", reason="resets the peak of resident memory through /proc")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["engine"])
 def test_prediction_is_within_15_percent_of_the_peak(case: dict[str, Any]) -> None:
     common = {
@@ -98,7 +97,6 @@ def test_prediction_is_within_15_percent_of_the_peak(case: dict[str, Any]) -> No
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-@pytest.mark.skipif(sys.platform != "linux", reason="resets the peak of resident memory through /proc")
 def test_a_measured_peak_is_not_that_of_the_process_that_started_it() -> None:
     """A child of a process of 1.5 GB that takes 50 MB."""
     child = (

@@ -64,7 +64,6 @@ def test_what_lies_in_main_memory_is_counted_there(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-@pytest.mark.skipif(sys.platform != "linux", reason="resets the peak of resident memory through /proc")
 def test_a_plan_is_within_15_percent_of_what_two_ranks_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     """The base in parts, the optimizer and the peak of one engine; `launch/meta_bench.py plan` measures the others."""
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")

@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,20 +88,6 @@ def test_gradients_that_are_not_finite_are_skipped_counted_and_end_the_run(
     done = ranks("test_train_stops:disturbed", [*own, "run.name=none", "outer.max_skipped=1"], "nan", [0], 0)
     one_sentence(done, "1 outer steps in a row", "nothing was saved")
     assert not list((tmp_path / "none").glob("step_*"))
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system that takes one save and a part of the next."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=640k", "tmpfs", str(folder)], capture_output=True, text=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @pytest.mark.slow
