@@ -19,6 +19,8 @@ from mass.kvcache import RowTable
 from mass.rowkernel import RowUpdates
 
 Forward = Callable[[Tensor], Tensor]
+# A [T, R, I] and B [T, R, O] of a layer's adapters
+Pair = tuple[Tensor, Tensor]
 
 _packed: "weakref.WeakKeyDictionary[nn.Linear, tuple[tuple[int, int], Tensor]]" = weakref.WeakKeyDictionary()
 # Tokens of one adapter from which oneDNN's bf16 products are faster than MKL's fp32 ones.
@@ -108,8 +110,9 @@ class RowAdapters:
         self.place_B: list[int] = []
         self.compiled = False
         self.dtype = torch.float32
-        # A [T, R, I] and scaled B [T, R, O] by dtype; made once for the prompts and the steps after them
-        self.scaled: dict[torch.dtype, lora.Adapter] = {}
+        # A [T, R, I] and scaled B [T, R, O] of each layer by dtype; made once for the prompts and the steps after them
+        self.scaled: dict[torch.dtype, dict[str, Pair]] = {}
+        self.packed: list[rowkernel.Packed] = []
         self.stacks: list[_Stack] = []
         self.forwards: dict[str, Forward] = {}
         self.table = RowTable([], 0, self.device)
@@ -121,8 +124,13 @@ class RowAdapters:
     def apart(self) -> "RowAdapters":
         """The same adapters for other rows."""
         other = RowAdapters(self.layers, self.adapter, self.traced)
-        other.groups, other.scaled = self.groups, self.scaled
+        other.groups, other.scaled, other.packed = self.groups, self.scaled, self.packed
         return other
+
+    def close(self) -> None:
+        """Give the memory of the products' adapters back. Neither this nor what is `apart` from it is used afterwards."""
+        while self.packed:
+            rowkernel.give_back(self.packed.pop())
 
     def set_rows(self, index: Sequence[int], tokens: int = 1) -> None:
         """From now on the model's input has one row of `tokens` tokens for each entry."""
@@ -144,22 +152,36 @@ class RowAdapters:
 
     def _lay_out(self) -> None:
         if self.dtype not in self.scaled:
-            self.scaled[self.dtype] = {key: self._scaled(key) for key in self.adapter}
-        chosen = self.scaled[self.dtype]
-        if self.used != list(range(self.count)):
-            chosen = lora.select(chosen, self.used)
+            self.scaled[self.dtype] = self._scaled()
         for names in self.groups or [[name] for name in self.names]:
-            a = [chosen[f"{name}.A"] for name in names]
-            a_TKI = a[0] if len(a) == 1 else torch.cat(a, 1)
-            b = [chosen[f"{name}.B"] for name in names]
-            self.stacks.append(_Stack(names, [len(a_TRI[0]) for a_TRI in a], a_TKI, b))
+            pairs = [self._chosen(self.scaled[self.dtype][name]) for name in names]
+            a = [a_TRI for a_TRI, _ in pairs]
+            # compiled code reads each layer's pair as it lies
+            together = len(a) > 1 and not self.compiled
+            self.stacks.append(_Stack(names, pairs, torch.cat(a, 1) if together else a[0]))
 
-    def _scaled(self, key: str) -> Tensor:
-        """A tensor of the adapter as products take it; B is scaled before it is rounded."""
-        name, _, kind = key.rpartition(".")
-        if kind == "A":
-            return self.adapter[key].to(self.dtype).contiguous()
-        return (self.adapter[key] * self.layers[name].scale).to(self.dtype).mT.contiguous()
+    def _scaled(self) -> dict[str, Pair]:
+        """The adapters of every layer as products take them; B is scaled before it is rounded."""
+        layers = [
+            (self.adapter[f"{name}.A"], self.adapter[f"{name}.B"], self.layers[name].scale)
+            for name in self.names
+        ]
+        if rowkernel.works_for(self.dtype, self.device):
+            packed = rowkernel.pack([(a.float(), b.float(), scale) for a, b, scale in layers], self.dtype)
+            self.packed.append(packed)
+            pairs = packed.pairs
+        else:
+            pairs = [
+                (a.to(self.dtype).contiguous(), (b * s).to(self.dtype).mT.contiguous()) for a, b, s in layers
+            ]
+        return dict(zip(self.names, pairs, strict=True))
+
+    def _chosen(self, pair: Pair) -> Pair:
+        """Of the adapters in use, where they are neighbours without a copy."""
+        first, count = self.used[0], len(self.used)
+        neighbours = self.used == list(range(first, first + count))
+        index = slice(first, first + count) if neighbours else self.used
+        return pair[0][index], pair[1][index]
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
@@ -200,10 +222,10 @@ class RowAdapters:
 
     def _multiplying(self, stack: "_Stack") -> Iterator[Forward]:
         """The forward of each layer of the stack: one product by B for all adapters."""
-        table = self.table
+        table, ranks = self.table, [a_TRI.shape[1] for a_TRI, _ in stack.pairs]
 
         def lows(x: Tensor) -> Sequence[Tensor]:
-            return self._low(x, stack.a).split_with_sizes(stack.ranks, -1)
+            return self._low(x, stack.a).split_with_sizes(ranks, -1)
 
         def forward_of(base: nn.Module, at: int, b_TRO: Tensor) -> Forward:
             packed = base.__dict__.get("forward")
@@ -223,16 +245,16 @@ class RowAdapters:
 
             return forward
 
-        for at, (name, b_TRO) in enumerate(zip(stack.names, stack.b, strict=True)):
+        for at, (name, (_, b_TRO)) in enumerate(zip(stack.names, stack.pairs, strict=True)):
             yield forward_of(self.layers[name].base, at, b_TRO)
 
     def _updating(self, stack: "_Stack", places: dict[tuple[int, int], Tensor]) -> Iterator[Forward]:
         """The same for rows of one token on a CPU. `places`: where updates go, which stacks share: each is added before
         the next stack's are made."""
-        shapes = [(at, b_TRO.shape[2]) for at, b_TRO in enumerate(stack.b)]
+        shapes = [(at, b_TRO.shape[2]) for at, (_, b_TRO) in enumerate(stack.pairs)]
         for at, width in shapes:
             places.setdefault((at, width), stack.a.new_empty(len(self.place_B), 1, width))
-        updates = RowUpdates(stack.a, stack.b, [places[shape] for shape in shapes], self.place_B)
+        updates = RowUpdates(stack.pairs, [places[shape] for shape in shapes], self.place_B)
 
         def forward_of(base: nn.Module, at: int) -> Forward:
             # called without the module around it, which takes as long as a small product
@@ -265,11 +287,10 @@ class RowAdapters:
 
 
 class _Stack(NamedTuple):
-    """The adapters of layers that share an input: their A, of these ranks, stand in one stack; each B is scaled."""
+    """The adapters of layers that share an input."""
 
     names: list[str]
-    ranks: list[int]
+    pairs: list[Pair]
+    """A and scaled B of each."""
     a: Tensor
-    """[T, K, I], K the sum of the ranks."""
-    b: list[Tensor]
-    """[T, R, O] of each layer."""
+    """[T, K, I]: their A one below the other, K the sum of the ranks; of the first alone where the code is compiled."""

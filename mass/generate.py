@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Engine = Literal["ours", "hf", "vllm"]
 # Prompt tokens in one prefill forward.
-PREFILL_TOKENS = 4096
+PREFILL_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,9 @@ def generate(
         else:
             # packed weights are nothing that the compiler knows; it packs its own
             with packed_linears(lm.hf) if step != "compile" else contextlib.nullcontext():
-                _decode(lm, rows, seeds, max_new_tokens, cuts, adapter, stop, batch_rows, step)
+                adapters = RowAdapters(lm.lora, adapter, traced=step != "eager") if adapter else None
+                with contextlib.closing(adapters) if adapters else contextlib.nullcontext():
+                    _decode(lm, rows, seeds, max_new_tokens, cuts, adapters, stop, batch_rows, step)
     return [Rollout(row.tokens, row.logprobs, row.finished, stop.text(row.tokens)) for row in rows]
 
 
@@ -156,7 +158,7 @@ def _decode(
     seeds: Sequence[int],
     max_new_tokens: int,
     cuts: Cuts,
-    adapter: Mapping[str, Tensor] | None,
+    adapters: RowAdapters | None,
     stop: "_Stop",
     batch_rows: int,
     how: How,
@@ -167,7 +169,6 @@ def _decode(
     waiting = sorted(rows, key=lambda row: (len(row.prompt), -row.adapter, row.prompt))
     slots = min(batch_rows, len(rows))
     cache = RowCache(_layer_count(lm.hf), slots, lm.device, fixed=how != "eager")
-    adapters = RowAdapters(lm.lora, adapter, traced=how != "eager") if adapter else None
     step = DecodeStep(lm, cache, adapters, how)
     live: list[_Row] = []
     uniform_BSU = row_uniforms([], max_new_tokens, cuts)

@@ -2,7 +2,7 @@
 
 A step of a small model on a CPU is bound by memory and by the number of operations. PyTorch's products of one row by a
 small bf16 matrix read 3 to 6 GB/s (docs/performance.md) and need several operations a layer; this is one call for q, k
-and v, and reads every adapter once, at 11 to 14 GB/s. The C++ is compiled when it is first needed, in about a second, by the compiler that
+and v, and reads every adapter once, in the order in which `pack` has laid it out. The C++ is compiled when it is first needed, in about a second, by the compiler that
 `torch.compile` would use (`CXX`, or `g++`), into a folder that is gone again once it is loaded.
 """
 
@@ -14,20 +14,28 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
-SYMBOLS = {torch.float32: "updates_fp32", torch.bfloat16: "updates_bf16"}
+# the ends of its functions' names
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
-class _Layout(ctypes.Structure):
+class _Layer(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("rows", "width", "ranks", "layers", "threads")),
-        *((name, ctypes.c_void_p) for name in ("adapter", "rank", "out", "a", "b", "y")),
+        *((name, ctypes.c_int64) for name in ("rank", "out", "stride")),
+        *((name, ctypes.c_void_p) for name in ("a", "b", "y")),
+    )
+
+
+class _Stack(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("rows", "width", "layers", "threads")),
+        *((name, ctypes.c_void_p) for name in ("adapter", "layer")),
     )
 
 
@@ -51,49 +59,98 @@ def library() -> ctypes.CDLL | None:
             stacklevel=2,
         )
         return None
-    for symbol in SYMBOLS.values():
-        function = getattr(found, symbol)
-        function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_void_p), None
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    for name in NAMES.values():
+        updates, packs = getattr(found, f"updates_{name}"), getattr(found, f"pack_{name}")
+        updates.argtypes, updates.restype = (pointer, pointer), None
+        packs.argtypes, packs.restype = (*(number,) * 4, ctypes.c_float, *(pointer,) * 3), None
     return found
 
 
 def works_for(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether rows of this type can be multiplied here."""
-    return device.type == "cpu" and dtype in SYMBOLS and library() is not None
+    return device.type == "cpu" and dtype in NAMES and library() is not None
+
+
+class Packed(NamedTuple):
+    """The adapters of some layers, laid out for `RowUpdates`."""
+
+    pairs: list[tuple[Tensor, Tensor]]
+    """A [T, R, I] and scaled B [T, R, O] of each."""
+    block: Tensor
+    """The bytes that these are views of: layer after layer, and in a layer each adapter's A with its B behind it."""
+
+
+def pack(layers: Sequence[tuple[Tensor, Tensor, float]], dtype: torch.dtype) -> Packed:
+    """Lay out A [T, R, I] and scale * B [T, O, R], rounded to `dtype`, of each (A, B, scale).
+
+    Of fp32 tensors on the CPU; `works_for(dtype, ...)` has to be true.
+    """
+    run = _function(f"pack_{NAMES[dtype]}")
+    numbers = [a_TRI.numel() + b_TOR.numel() for a_TRI, b_TOR, _ in layers]
+    size = sum(numbers) * dtype.itemsize
+    block, pairs = _memory(size), []
+    for part, (a_TRI, b_TOR, scale) in zip(block[:size].view(dtype).split(numbers), layers, strict=True):
+        (count, rank, width), out = a_TRI.shape, b_TOR.shape[1]
+        a_TRI, b_TOR = a_TRI.contiguous(), b_TOR.contiguous()
+        run(count, rank, width, out, scale, a_TRI.data_ptr(), b_TOR.data_ptr(), part.data_ptr())
+        a_TX, b_TX = part.view(count, -1).split([rank * width, rank * out], 1)
+        pairs.append((a_TX.unflatten(1, (rank, width)), b_TX.unflatten(1, (rank, out))))
+    return Packed(pairs, block)
+
+
+# The largest block that was given back. To touch new memory takes several times as long as to lay out adapters in it.
+_spare: list[Tensor] = []
+
+
+def give_back(packed: Packed) -> None:
+    """Nobody uses the pairs any more: the next call of `pack` may write over them."""
+    if not _spare or len(_spare[0]) < len(packed.block):
+        _spare[:] = [packed.block]
+
+
+def _memory(size: int) -> Tensor:
+    if _spare and len(_spare[0]) >= size:
+        return _spare.pop()
+    # an ordinary tensor, whatever mode this call is made in: the next one's may be another
+    with torch.inference_mode(False):
+        return torch.empty(size, dtype=torch.uint8)
 
 
 class RowUpdates:
-    """The updates of a stack of layers, each row by its own adapter.
+    """The updates of layers that share an input, each row by its own adapter.
 
-    a_TKI: their A one below the other, K the sum of the ranks; b_TRO: the B of each, scaled; y_B1O: where the update of
-    each goes. All contiguous, of one dtype (fp32 or bf16), on the CPU. adapter_B: the entry of T of each row.
+    layers: A [T, R, I] and B [T, R, O] of each as `pack` makes them; y_B1O: where the update of each goes, contiguous and of
+    their dtype. adapter_B: the entry of T of each row.
     """
 
     def __init__(
-        self, a_TKI: Tensor, b_TRO: Sequence[Tensor], y_B1O: Sequence[Tensor], adapter_B: Sequence[int]
+        self, layers: Sequence[tuple[Tensor, Tensor]], y_B1O: Sequence[Tensor], adapter_B: Sequence[int]
     ) -> None:
-        found = library()
-        assert found is not None
-        self.multiply = getattr(found, SYMBOLS[a_TKI.dtype])
-        self.dtype, self.y_B1O = a_TKI.dtype, y_B1O
-        count = len(b_TRO)
-        numbers, pointers = ctypes.c_int64 * count, ctypes.c_void_p * count
+        a_TRI = layers[0][0]
+        self.multiply = _function(f"updates_{NAMES[a_TRI.dtype]}")
+        self.dtype, self.y_B1O = a_TRI.dtype, y_B1O
         # what the layout points to has to stay
-        self.held = a_TKI, b_TRO
-        self.arrays: tuple[ctypes.Array[Any], ...] = (
-            (ctypes.c_int64 * len(adapter_B))(*adapter_B),
-            numbers(*(b.shape[1] for b in b_TRO)),
-            numbers(*(b.shape[2] for b in b_TRO)),
-            pointers(*(b.data_ptr() for b in b_TRO)),
-            pointers(*(y.data_ptr() for y in y_B1O)),
+        self.held = layers
+        self.adapters = (ctypes.c_int64 * len(adapter_B))(*adapter_B)
+        self.layers = (_Layer * len(layers))(
+            *(
+                _Layer(a.shape[1], b.shape[2], a.stride(0), a.data_ptr(), b.data_ptr(), y.data_ptr())
+                for (a, b), y in zip(layers, y_B1O, strict=True)
+            )
         )
-        adapter, rank, out, b, y = (ctypes.addressof(array) for array in self.arrays)
-        sizes = len(adapter_B), a_TKI.shape[2], a_TKI.shape[1], count, torch.get_num_threads()
-        self.layout = _Layout(*sizes, adapter, rank, out, a_TKI.data_ptr(), b, y)
-        self.address = ctypes.addressof(self.layout)
+        sizes = len(adapter_B), a_TRI.shape[2], len(layers), torch.get_num_threads()
+        self.stack = _Stack(*sizes, ctypes.addressof(self.adapters), ctypes.addressof(self.layers))
+        self.address = ctypes.addressof(self.stack)
 
     def __call__(self, x_B1I: Tensor) -> Sequence[Tensor]:
         """The update of each layer, [B, 1, O], which the next call overwrites."""
         x_B1I = x_B1I.to(self.dtype).contiguous()
         self.multiply(self.address, x_B1I.data_ptr())
         return self.y_B1O
+
+
+def _function(symbol: str) -> Any:
+    found = library()
+    assert found is not None
+    return getattr(found, symbol)

@@ -29,13 +29,27 @@ def anew() -> Iterator[None]:
     rowkernel.library.cache_clear()
 
 
-def stack(dtype: torch.dtype, ranks: list[int], outs: list[int]) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """x [7, 1, 37], A [4, K, 37], B."""
+def stack(ranks: list[int], outs: list[int]) -> tuple[Tensor, list[tuple[Tensor, Tensor, float]]]:
+    """x [7, 1, 137]; A [4, R, 137], B [4, O, R] and a scale for each rank, all that bf16 holds exactly."""
     random = torch.Generator().manual_seed(0)
-    x = torch.randn(7, 1, 37, generator=random)
-    a = torch.randn(4, sum(ranks), 37, generator=random)
-    b = [torch.randn(4, r, out, generator=random) for r, out in zip(ranks, outs, strict=True)]
-    return x.to(dtype), a.to(dtype), [b_TRO.to(dtype) for b_TRO in b]
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=random).bfloat16().float()
+
+    layers = [
+        (draw(4, r, 137), draw(4, out, r), 2.0**at)
+        for at, (r, out) in enumerate(zip(ranks, outs, strict=True))
+    ]
+    return draw(7, 1, 137), layers
+
+
+def multiply(
+    x: Tensor, layers: list[tuple[Tensor, Tensor, float]], dtype: torch.dtype
+) -> tuple[list[Tensor], rowkernel.Packed]:
+    """The updates of x, and what was laid out for them."""
+    packed = rowkernel.pack(layers, dtype)
+    places = [torch.empty(7, 1, b_TOR.shape[1], dtype=dtype) for _, b_TOR, _ in layers]
+    return list(RowUpdates(packed.pairs, places, ADAPTERS)(x.to(dtype))), packed
 
 
 @compiled
@@ -44,12 +58,11 @@ def stack(dtype: torch.dtype, ranks: list[int], outs: list[int]) -> tuple[Tensor
 def test_updates_are_those_of_float64_rounded_once(
     dtype: torch.dtype, ranks: list[int], outs: list[int]
 ) -> None:
-    x, a, b = stack(dtype, ranks, outs)
-    places = [torch.empty(7, 1, out, dtype=dtype) for out in outs]
-    got = RowUpdates(a, b, places, ADAPTERS)(x)
-    low = torch.einsum("bi,bki->bk", x[:, 0].double(), a.double()[ADAPTERS])
-    for y, low_BR, b_TRO in zip(got, low.split(ranks, 1), b, strict=True):
-        want = torch.einsum("br,bro->bo", low_BR, b_TRO.double()[ADAPTERS])
+    x, layers = stack(ranks, outs)
+    got, _ = multiply(x, layers, dtype)
+    for y, (a_TRI, b_TOR, scale) in zip(got, layers, strict=True):
+        low = torch.einsum("bi,bri->br", x[:, 0].double(), a_TRI.double()[ADAPTERS])
+        want = torch.einsum("br,bor->bo", low, scale * b_TOR.double()[ADAPTERS])
         # the sums' own error may move a number that lies between two bf16 ones
         exact = want.to(dtype).double()
         error = (y[:, 0].double() - exact).abs() / want.abs().clamp(min=1.0)
@@ -60,15 +73,57 @@ def test_updates_are_those_of_float64_rounded_once(
 
 
 @compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapters_are_laid_out_as_pytorch_rounds_and_transposes_them(dtype: torch.dtype) -> None:
+    random = torch.Generator().manual_seed(1)
+    layers = [
+        (torch.randn(3, r, i, generator=random), torch.randn(3, o, r, generator=random), scale)
+        for r, i, o, scale in [(8, 37, 20, 2.0), (3, 37, 5, 0.7), (1, 64, 1, 1.0)]
+    ]
+    # other places in memory, and numbers that rounding has to carry
+    layers[0] = (layers[0][0].mT.contiguous().mT, layers[0][1], 2.0)
+    layers[1][0][0, 0, :4] = torch.tensor([float("inf"), float("nan"), -0.0, 3.3961e38])
+    packed = rowkernel.pack(layers, dtype)
+    for (a, b), (a_TRI, b_TOR, scale) in zip(packed.pairs, layers, strict=True):
+        torch.testing.assert_close(a, a_TRI.to(dtype), rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(b, (b_TOR * scale).to(dtype).mT)
+        assert a.dtype == b.dtype == dtype
+        # behind one another
+        assert b.data_ptr() == a.data_ptr() + a[0].numel() * dtype.itemsize and a.stride(0) == b.stride(0)
+
+
+@compiled
+def test_memory_that_was_given_back_is_used_again_and_no_other() -> None:
+    rowkernel._spare.clear()
+    x, layers = stack([8, 8], [64, 96])
+    want, first = multiply(x, layers, torch.float32)
+    held, second = multiply(x, layers, torch.float32)
+    assert first.block.data_ptr() != second.block.data_ptr()
+    rowkernel.give_back(first)
+    small = rowkernel.pack(layers[:1], torch.bfloat16)
+    assert small.block.data_ptr() == first.block.data_ptr()
+    again, third = multiply(x, layers, torch.float32)
+    assert third.block.data_ptr() not in (small.block.data_ptr(), second.block.data_ptr())
+    for ys in (held, again):
+        assert all(torch.equal(one, two) for one, two in zip(want, ys, strict=True))
+    rowkernel.give_back(third)
+    rowkernel.give_back(small)
+    assert [len(block) for block in rowkernel._spare] == [max(len(third.block), len(small.block))]
+    rowkernel._spare.clear()
+    with torch.inference_mode():
+        # what that mode makes would be nothing for a forward outside of it
+        assert not rowkernel.pack(layers, torch.float32).block.is_inference()
+
+
+@compiled
 def test_threads_share_the_rows_and_change_no_number() -> None:
-    x, a, b = stack(torch.bfloat16, [8, 8], [64, 96])
+    x, layers = stack([8, 8], [64, 96])
     before = torch.get_num_threads()
     found = []
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            places = [torch.empty(7, 1, out, dtype=torch.bfloat16) for out in (64, 96)]
-            found.append(RowUpdates(a, b, places, ADAPTERS)(x))
+            found.append(multiply(x, layers, torch.bfloat16)[0])
     finally:
         torch.set_num_threads(before)
     for one, two in zip(*found, strict=True):
@@ -79,10 +134,10 @@ def test_threads_share_the_rows_and_change_no_number() -> None:
 def test_a_number_that_is_none_stays_one() -> None:
     """A diverged adapter is seen, not rounded to something."""
     for dtype in (torch.float32, torch.bfloat16):
-        x, a, b = stack(dtype, [8], [64])
-        a[2, 0, 0] = float("nan")
-        b[0][0, 0, 0] = float("inf")
-        (y,) = RowUpdates(a, b, [torch.empty(7, 1, 64, dtype=dtype)], ADAPTERS)(x)
+        x, layers = stack([8], [64])
+        layers[0][0][2, 0, 0] = float("nan")
+        layers[0][1][0, 0, 0] = float("inf")
+        (y,), _ = multiply(x, layers, dtype)
         bad = [adapter == 2 for adapter in ADAPTERS]
         assert y.isnan().flatten(1).all(1).tolist() == bad
         assert y[:, 0, 0].isinf().tolist() == [adapter == 0 for adapter in ADAPTERS]
@@ -90,13 +145,14 @@ def test_a_number_that_is_none_stays_one() -> None:
 
 @compiled
 def test_an_input_that_lies_otherwise_in_memory_is_read_as_it_is() -> None:
-    x, a, b = stack(torch.bfloat16, [8], [64])
-    updates = RowUpdates(a, b, [torch.empty(7, 1, 64, dtype=torch.bfloat16)], ADAPTERS)
-    want = updates(x)[0].clone()
-    wide = torch.zeros(7, 1, 80, dtype=torch.bfloat16)
-    wide[..., 40:77] = x
-    assert torch.equal(updates(wide[..., 40:77])[0], want)
-    assert torch.equal(updates(x.float())[0], want)
+    x, layers = stack([8], [64])
+    pairs = rowkernel.pack(layers, torch.bfloat16).pairs
+    updates = RowUpdates(pairs, [torch.empty(7, 1, 64, dtype=torch.bfloat16)], ADAPTERS)
+    want = updates(x.bfloat16())[0].clone()
+    wide = torch.zeros(7, 1, 180, dtype=torch.bfloat16)
+    wide[..., 40:177] = x
+    assert torch.equal(updates(wide[..., 40:177])[0], want)
+    assert torch.equal(updates(x)[0], want)
 
 
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false", "echo"])
@@ -132,3 +188,28 @@ def test_a_traced_step_has_no_compiled_call() -> None:
         with torch.no_grad(), lora.using(lm.lora, rows.adapter):
             for y, layer in zip(got, layers, strict=True):
                 torch.testing.assert_close(y, layer(x), atol=0.1, rtol=0.02)
+
+
+@compiled
+def test_calls_after_one_another_share_memory_and_leave_each_others_text_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also where a call ended in an exception, and where the next has fewer adapters or another dtype."""
+    how: dict[str, Any] = {"max_new_tokens": 6, "temperature": 0.0}
+    alone = []
+    for dtype in (torch.float32, torch.bfloat16):
+        lm = build(dtype=dtype)
+        for count in (3, 1):
+            rowkernel._spare.clear()
+            call = {"prompts": [[5, 6, 7], [9, 8], [4, 4, 4, 4]][:count], "adapter": some_adapters(lm, count)}
+            call |= how | {"seeds": range(count)}
+            alone.append((lm, call, tokens(generate(lm, **call))))
+    rowkernel._spare.clear()
+    for lm, call, want in alone:
+        with monkeypatch.context() as patch:
+            patch.setattr("mass.generate.pick", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                generate(lm, **call)
+        (block,) = rowkernel._spare
+        assert tokens(generate(lm, **call)) == want
+        assert rowkernel._spare[0] is block
