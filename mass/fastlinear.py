@@ -142,7 +142,9 @@ class RowAdapters:
         used = list(range(self.count)) if compiled else list(dict.fromkeys(index))
         if compiled != self.compiled or not set(used) <= set(self.used) or 2 * len(used) <= len(self.used):
             many = len(index) * tokens >= ROWS_FOR_BASE_TYPE * len(used) or self.device.type != "cpu"
-            self.dtype = self.base_type if many or compiled else torch.float32
+            self.dtype = (
+                self.base_type if many or compiled else torch.promote_types(self.base_type, torch.float32)
+            )
             self.compiled, self.used, self.stacks = compiled, used, []
         self.forwards = {}
         place = {adapter: i for i, adapter in enumerate(self.used)}

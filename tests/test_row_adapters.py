@@ -64,6 +64,26 @@ def test_a_packed_layer_adds_before_it_rounds() -> None:
     assert (got - truth).norm() < 0.9 * (apart - truth).norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("index", [[2, 3], [1, 3], [3, 2, 2], [0, 1]])
+def test_rows_that_use_some_adapters_use_these(dtype: torch.dtype, tokens: int, index: list[int]) -> None:
+    """Neighbours or not, from the first one on or not; after more rows, and at once."""
+    lm = build(dtype=dtype)
+    adapters = {key: tensor.to(dtype) for key, tensor in some_adapters(lm, 5).items()}
+    layer = next(iter(lm.lora.values()))
+    rows = RowAdapters(lm.lora, adapters)
+    with torch.no_grad():
+        for chosen in ([0, 1, 2, 3, 4], index, list(reversed(index))):
+            x = torch.randn(len(chosen), tokens, 64, dtype=dtype)
+            for own in (rows, rows.apart()):
+                own.set_rows(chosen, tokens=tokens)
+                with own.applied():
+                    got = layer(x)
+                with lora.using(lm.lora, lora.select(adapters, chosen)):
+                    torch.testing.assert_close(got, layer(x))
+
+
 def test_rows_sorted_by_adapter_either_way_are_not_put_in_another_order() -> None:
     lm = build()
     rows = RowAdapters(lm.lora, some_adapters(lm, 3))
