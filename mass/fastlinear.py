@@ -155,8 +155,12 @@ class RowAdapters:
     def _lay_out(self) -> None:
         if self.dtype not in self.scaled:
             self.scaled[self.dtype] = self._scaled()
+        scaled, used = self.scaled[self.dtype], self.used
+        # neighbours are taken without a copy
+        neighbours = used == list(range(used[0], used[0] + len(used)))
+        at = slice(used[0], used[0] + len(used)) if neighbours else torch.tensor(used, device=self.device)
         for names in self.groups or [[name] for name in self.names]:
-            pairs = [self._chosen(self.scaled[self.dtype][name]) for name in names]
+            pairs = [(scaled[name][0][at], scaled[name][1][at]) for name in names]
             a = [a_TRI for a_TRI, _ in pairs]
             # compiled code reads each layer's pair as it lies
             together = len(a) > 1 and not self.compiled
@@ -177,13 +181,6 @@ class RowAdapters:
                 (a.to(self.dtype).contiguous(), (b * s).to(self.dtype).mT.contiguous()) for a, b, s in layers
             ]
         return dict(zip(self.names, pairs, strict=True))
-
-    def _chosen(self, pair: Pair) -> Pair:
-        """Of the adapters in use, where they are neighbours without a copy."""
-        first, count = self.used[0], len(self.used)
-        neighbours = self.used == list(range(first, first + count))
-        index = slice(first, first + count) if neighbours else self.used
-        return pair[0][index], pair[1][index]
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
