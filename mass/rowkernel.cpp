@@ -3,9 +3,9 @@
 //
 // Row i has adapter t = adapter[i]; for each layer of the stack
 //     y[i] = (x[i] A[t]^T) B[t],   x [rows, in],  A[t] [rank, in],  B[t] [rank, out],  y [rows, out].
-// Sums are fp32 whatever the tensors are, and are rounded once. B is scaled already. What bounds it is one stream through
-// memory: A[t] and B[t] lie behind one another, and one layer is read after the other. Two streams at a time were a quarter
-// to two thirds slower, and so was asking for memory ahead (__builtin_prefetch).
+// Sums are fp32 whatever the tensors are, and are rounded once. B is scaled already. What bounds it is memory,
+// so it is read front to back: A[t] and B[t] lie behind one another, and one layer is read after the other. Two rows of a
+// matrix at a time were a quarter to two thirds slower, and asking for memory ahead (__builtin_prefetch) by a quarter.
 
 #include <algorithm>
 #include <cstdint>

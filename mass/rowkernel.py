@@ -2,8 +2,9 @@
 
 A step of a small model on a CPU is bound by memory and by the number of operations. PyTorch's products of one row by a
 small bf16 matrix read 3 to 6 GB/s (docs/performance.md) and need several operations a layer; this is one call for q, k
-and v, and reads every adapter once, in the order in which `pack` has laid it out. The C++ is compiled when it is first needed, in about a second, by the compiler that
-`torch.compile` would use (`CXX`, or `g++`), into a folder that is gone again once it is loaded.
+and v, and reads every adapter once, in the order in which `pack` has laid it out. The C++ is compiled when it is first
+needed, in about a second, by the compiler that `torch.compile` would use (`CXX`, or `g++`), into a folder that is gone
+again once it is loaded.
 """
 
 import ctypes
@@ -50,9 +51,11 @@ def library() -> ctypes.CDLL | None:
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
             found = ctypes.CDLL(str(file))
     except (OSError, subprocess.SubprocessError) as error:
-        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        # of a compiler that was stopped it is bytes, whatever was asked for
+        said = getattr(error, "stderr", None) or ""
+        lines = (said if isinstance(said, str) else said.decode(errors="replace")).strip().splitlines()
         # compilers say where they are before they say what is wrong
-        reason = next((line for line in said if "error" in line), said[0])
+        reason = next((line for line in lines if "error" in line), (lines or [str(error)])[0])
         warnings.warn(
             f"generation multiplies by adapters with PyTorch's own products, which is slower: {compiler} does not compile "
             f"{SOURCE.name} ({reason})",
@@ -110,8 +113,12 @@ def give_back(packed: Packed) -> None:
 
 
 def _memory(size: int) -> Tensor:
-    if _spare and len(_spare[0]) >= size:
-        return _spare.pop()
+    if _spare:
+        block = _spare.pop()
+        if len(block) >= size:
+            return block
+        # not beside the larger one that takes its place
+        del block
     # an ordinary tensor, whatever mode this call is made in: the next one's may be another
     with torch.inference_mode(False):
         return torch.empty(size, dtype=torch.uint8)

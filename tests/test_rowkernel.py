@@ -1,7 +1,9 @@
 """The compiled updates of rows: exact to rounding, in any order of rows, and left out with a reason where nothing compiles."""
 
 import os
+import re
 import shutil
+import subprocess
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +19,8 @@ from mass.rowkernel import RowUpdates
 
 ADAPTERS = [2, 0, 0, 3, 1, 2, 2]
 compiled = pytest.mark.skipif(
-    shutil.which(os.environ.get("CXX", "g++").split()[0]) is None, reason="needs a C++ compiler"
+    shutil.which((os.environ.get("CXX") or "g++").split()[0]) is None,
+    reason="needs a C++ compiler (CXX or g++); without one this code is never used",
 )
 
 
@@ -173,6 +176,29 @@ def test_without_a_compiler_the_reason_is_said_once_and_text_is_the_same(
         assert tokens(generate(lm, prompts, **how)) == want
     said = [str(w.message) for w in recwarn if "adapters" in str(w.message)]
     assert len(said) == 1 and f"{compiler} does not compile rowkernel.cpp (" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (subprocess.TimeoutExpired("g++", 120, stderr=b"still at it\n"), "still at it"),
+        (subprocess.TimeoutExpired("g++", 120), "timed out after 120 seconds"),
+        (subprocess.CalledProcessError(1, "g++", stderr=" \n"), "non-zero exit status 1"),
+        (
+            subprocess.CalledProcessError(1, "g++", stderr="In file a:\na:1: error: no b"),
+            "(a:1: error: no b)",
+        ),
+    ],
+)
+def test_whatever_a_compiler_does_is_a_reason(
+    error: Exception, reason: str, anew: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.warns(UserWarning, match=re.escape(reason)):
+        assert rowkernel.library() is None
 
 
 @compiled

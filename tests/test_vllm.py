@@ -20,7 +20,9 @@ pytestmark = [
     pytest.mark.vllm,
     pytest.mark.slow,
     pytest.mark.multiprocess,
-    pytest.mark.skipif(find_spec("vllm") is None, reason="no vLLM"),
+    pytest.mark.skipif(
+        find_spec("vllm") is None, reason="needs vLLM, an optional extra (docs/performance.md)"
+    ),
 ]
 ROWS = 12
 INDEX = [i % 3 for i in range(ROWS)]
