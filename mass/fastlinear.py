@@ -29,11 +29,12 @@ ROWS_FOR_BASE_TYPE = 16
 
 @contextlib.contextmanager
 def packed_linears(hf: nn.Module) -> Iterator[None]:
-    """Within the context every bf16 linear layer on the CPU multiplies by its packed weight."""
+    """Within the context every bf16 linear layer on the CPU multiplies by its packed weight, where the CPU has such products."""
     patched: list[nn.Linear] = []
+    able = has_bf16_products()
     try:
         for linear in hf.modules():
-            if type(linear) is nn.Linear and _packable(linear):
+            if able and type(linear) is nn.Linear and _packable(linear):
                 forward = _packed_forward(linear)
                 if forward is None:
                     break
@@ -45,8 +46,8 @@ def packed_linears(hf: nn.Module) -> Iterator[None]:
             del linear.__dict__["forward"]
 
 
-def can_pack() -> bool:
-    """Whether this machine's CPU has bf16 products that want packed weights."""
+def has_bf16_products() -> bool:
+    """Whether oneDNN has bf16 products on this machine's CPU; they want packed weights."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
@@ -63,8 +64,6 @@ def _packed_forward(linear: nn.Linear) -> Callable[..., Tensor] | None:
     """
     weight, bias = linear.weight, linear.bias
     try:
-        if not can_pack():
-            raise RuntimeError("this CPU has no bf16 instructions that it uses")
         stamp = (weight.data_ptr(), weight._version)
         if linear not in _packed or _packed[linear][0] != stamp:
             _packed[linear] = (stamp, torch.ops.mkldnn._reorder_linear_weight(weight.detach()))

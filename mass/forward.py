@@ -39,23 +39,33 @@ def check_model(hf: PreTrainedModel) -> None:
     """
     sorry = "Models of the Llama, Qwen, Gemma, Mistral and GPT-NeoX families work."
     device = next(hf.parameters()).device
-    # Two sequences in one row; the second would see the first where only the causal mask holds.
-    tokens = torch.tensor([[1, 2, 3, 4, 5, 3, 2, 1]], device=device)
+    # Two sequences in one row; the second would see the first where only the causal mask holds. Tokens from all over the
+    # vocabulary: the special ones at its front were hardly trained, and in bf16 what a model makes of them can be all rounding.
+    vocabulary = hf.config.get_text_config().vocab_size
+    tokens = torch.tensor([[vocabulary * i // 9 for i in range(1, 9)]], device=device)
+    other = torch.cat([tokens[:, :4].flip(1), tokens[:, 4:]], 1)
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]], device=device)
+    packed = {"position_ids": positions, "use_cache": False}
     with torch.no_grad():
         try:
-            out = hf.base_model(input_ids=tokens, position_ids=positions, use_cache=False)
-            ours = logits(hf, out.last_hidden_state[0])
-            alone = [hf(input_ids=tokens[:, i : i + 4], use_cache=False).logits[0] for i in (0, 4)]
+            ours, moved = (
+                logits(hf, hf.base_model(x, **packed).last_hidden_state[0]) for x in (tokens, other)
+            )
+            theirs = hf(tokens, **packed).logits[0].to(ours.dtype)
+            alone = [hf(tokens[:, i : i + 4], use_cache=False).logits[0] for i in (0, 4)]
             whole = torch.cat(alone).to(ours.dtype)
         except Exception as error:  # whatever an unknown architecture may do with arguments it has not
             raise MassError(f"model.path: {type(hf).__name__} cannot be driven ({error}). {sorry}") from error
     scale = whole.abs().max().item()
-    if not torch.allclose(whole[:4], ours[:4], rtol=0, atol=2e-2 * scale):
+    if not torch.allclose(theirs, ours, rtol=0, atol=2e-2 * scale):
         raise MassError(
             f"model.path: {type(hf).__name__} makes its logits in a way that mass does not know. {sorry}"
         )
-    if not torch.allclose(whole[4:], ours[4:], rtol=0, atol=2e-2 * scale):
+    # What is said of the second sequence does not depend on the first at all; beside the same sequence alone it may be rounded
+    # otherwise, since the products have other sizes: by 4 % of the scale in bf16.
+    if not torch.allclose(moved[4:], ours[4:], rtol=0, atol=1e-3 * scale) or not torch.allclose(
+        whole, ours, rtol=0, atol=(0.1 if hf.dtype == torch.bfloat16 else 2e-2) * scale
+    ):
         raise MassError(
             f"model.path: {type(hf).__name__} mixes sequences that are packed into one row. {sorry}"
         )

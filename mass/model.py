@@ -38,6 +38,7 @@ from transformers.utils import logging
 from mass import worlds
 from mass.cache import cache_folder, first_line, once, say
 from mass.errors import MassError
+from mass.fastlinear import has_bf16_products
 from mass.lora import Layers, LoraShape, attach
 from mass.pretrain import pretrain
 from mass.shards import Shards
@@ -126,6 +127,11 @@ def load(
             source = str(_pretrained(path, cache, world))
         else:
             source = _folder_or_hub_id(path)
+        if dtype == "bf16" and where.type == "cpu" and not has_bf16_products():
+            say(
+                "model.dtype=bf16 on a CPU without bf16 instructions: its matrix products are many times slower than those of "
+                "fp32. model.dtype=fp32 is faster here, for twice the memory of the base model."
+            )
         hf, tokenizer = _read(source, path, DTYPES[dtype], where, attention, shards)
     return hf.eval().requires_grad_(False), tokenizer
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from mass import blocks, lora, memory
 from mass.batch import Sequence, pack
 from mass.errors import MassError
-from mass.fastlinear import can_pack
+from mass.fastlinear import has_bf16_products
 from mass.lora import LoraShape
 from mass.model import DTYPES, read_config
 from mass.optimizers import Rule
@@ -204,7 +204,7 @@ def _on_cpu(device: str) -> bool:
 
 def _packed_bytes(hf: torch.nn.Module) -> int:
     """A CPU keeps the matrices of a bf16 base a second time, in the order that its products like (mass/fastlinear.py)."""
-    if not can_pack():
+    if not has_bf16_products():
         return 0
     linears = (m.weight for m in hf.modules() if isinstance(m, torch.nn.Linear))
     return sum(w.nbytes for w in linears if w.dtype == torch.bfloat16)

@@ -69,7 +69,7 @@ def test_pad_token_is_made_up(folder: Path) -> None:
 
 
 def test_loading_says_nothing(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    load(str(folder), device="cpu")
+    load(str(folder), dtype="fp32", device="cpu")
     assert capfd.readouterr() == ("", "")
 
 
@@ -228,6 +228,16 @@ def test_conversion_happens_once_per_content_and_dtype(
     (Path(spec.submodule_search_locations[0]) / "some.gguf").write_bytes(b"GGUF,,,")
     load(path, dtype="bf16", device="cpu", cache=cache)
     assert len(calls) == 3 and gguf_package not in sys.modules
+
+
+def test_a_cpu_that_is_slow_in_bf16_is_told_before_the_weights_are_read(
+    gguf_package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(model, "_convert", fake_convert([]))
+    for products, dtype, told in ((False, "bf16", 1), (True, "bf16", 0), (False, "fp32", 0)):
+        monkeypatch.setattr(model, "has_bf16_products", lambda products=products: products)
+        load(f"package:{gguf_package}/some.gguf", dtype=dtype, device="cpu", cache=tmp_path / "cache")
+        assert capsys.readouterr().err.count("model.dtype=fp32 is faster here") == told
 
 
 @pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt()])

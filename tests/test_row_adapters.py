@@ -7,7 +7,7 @@ import torch
 from test_generate import build, some_adapters, tokens
 
 from mass import lora
-from mass.fastlinear import ROWS_FOR_BASE_TYPE, RowAdapters, packed_linears
+from mass.fastlinear import ROWS_FOR_BASE_TYPE, RowAdapters, has_bf16_products, packed_linears
 from mass.generate import generate
 
 
@@ -46,14 +46,14 @@ def test_a_bf16_layer_is_as_near_to_float64_as_one_task_by_itself(
         with lora.using(lm.lora, wide):
             lm.hf.double()
             want = [layer(x[layer.weight.shape[1]].double()) for layer in layers]
-    # where A and B are rounded too it may be a little farther
+    # where A and B are rounded too it may be a little farther; more so where the base's product is rounded before they are added
     rounded = rows * width >= ROWS_FOR_BASE_TYPE or width == 1
+    bound = 1.1 if not rounded else 1.25 if has_bf16_products() else 1.5
     for ours, theirs, truth in zip(got, alone, want, strict=True):
-        assert (
-            (ours - truth).norm() < (1.25 if rounded else 1.1) * (theirs - truth).norm() < 0.01 * truth.norm()
-        )
+        assert (ours - truth).norm() < bound * (theirs - truth).norm() < 0.01 * bound * truth.norm()
 
 
+@pytest.mark.skipif(not has_bf16_products(), reason="needs a CPU with bf16 instructions")
 def test_a_packed_layer_adds_before_it_rounds() -> None:
     lm = build(dtype=torch.bfloat16)
     base = next(iter(lm.lora.values())).base
