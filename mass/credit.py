@@ -12,11 +12,12 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from mass import scorer
+from mass import optimizers, scorer
+from mass.forward import example_loss, loss_and_grad
 from mass.inner import Step
 from mass.lora import Adapter, expand
 from mass.outer_loss import outer_loss
-from mass.practice import Practice, fine_tune, seed_of
+from mass.practice import Practice, fine_tune, pack_examples, seed_of
 from mass.problems import Task
 from mass.setting import Setting, beginning, draw_shots, inner_rates, make_products
 
@@ -28,11 +29,14 @@ REACH = 0.1
 
 @dataclass(frozen=True)
 class After:
-    """T tasks after an update: the outer loss of each [T], whether its inner loop exploded [T], its adapter [T, ...]."""
+    """T tasks after an update: the outer loss of each [T], whether its inner loop exploded [T], its adapter [T, ...]; tokens
+    and failed verdicts of all outer losses."""
 
     loss_T: Tensor
     exploded_T: Tensor
     adapter: Adapter
+    tokens: int = 0
+    failures: int = 0
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,12 @@ def update(
     weight_TN: Tensor,
     policy: Adapter,
     log_lr: Mapping[str, Tensor],
+    *,
+    step: int = STEP,
+    watch: bool = True,
 ) -> After:
-    """The inner loop under given weights, and the outer loss where it ends."""
+    """The inner loop under given weights, and the outer loss where it ends. `step` seeds sampled answers. `watch`: whether an
+    inner loss that grows is told (a forward pass more); else a task has exploded where its adapter is not finite."""
     i = setting.recipe.inner
     tuned = fine_tune(
         setting.lm,
@@ -63,13 +71,34 @@ def update(
         rule=setting.rule,
         lr=inner_rates(setting, log_lr, policy),
         steps=i.steps,
-        max_growth=i.max_growth,
+        max_growth=i.max_growth if watch else None,
         parts=setting.parts if setting.checkpoint else None,
     )
+    return _after(setting, tasks, tuned.trajectory.adapter, tuned.exploded_T, step)
+
+
+def _after(setting: Setting, tasks: Seq[Task], adapter: Adapter, exploded_T: Tensor, step: int) -> After:
     shots = [own.solve for own in draw_shots(setting, tasks)]
-    adapter = tuned.trajectory.adapter
-    loss_T = outer_loss(setting, tasks, shots, adapter, STEP, "after", need_grad=False).loss_T
-    return After(loss_T, tuned.exploded_T, adapter)
+    found = outer_loss(setting, tasks, shots, adapter, step, "after", need_grad=False)
+    return After(found.loss_T, exploded_T, adapter, found.tokens, found.failures)
+
+
+def _each_gradient(setting: Setting, tasks: Seq[Task], practice: Practice, start: Adapter) -> Adapter:
+    """The gradient of each example's own loss at `start`, [T, N, ...]; zero for a malformed one."""
+    lm, shape = setting.lm, practice.valid_TN.shape
+    alone = [[example] for own in practice.examples for example in own]
+    shots = [own.solve for own in draw_shots(setting, tasks) for _ in range(shape[1])]
+    packed, _ = pack_examples(lm, setting.prompts, alone, shots)
+    own = {key: x.repeat_interleave(shape[1], 0) for key, x in start.items()}
+    _, _, gradient = loss_and_grad(
+        lm.hf,
+        lm.lora,
+        packed,
+        own,
+        lambda logprob_M: example_loss(packed, logprob_M).sum(),
+        parts=setting.parts if setting.checkpoint else None,
+    )
+    return {key: g.unflatten(0, shape) for key, g in gradient.items()}
 
 
 def left_out(
@@ -85,18 +114,49 @@ def left_out(
     Positive: the example helps, as with the credit. The weights are the softmax of `score_TN` over the examples that are
     left; a task whose only example goes stays as it was.
     """
+    weight_TN = scorer.weights(score_TN, practice.valid_TN, setting.recipe.scorer.temperature)
+    whole = update(setting, tasks, practice, weight_TN, policy, log_lr)
+    return rises(setting, tasks, practice, score_TN, policy, log_lr, whole.loss_T)[0], whole
+
+
+def rises(
+    setting: Setting,
+    tasks: Seq[Task],
+    practice: Practice,
+    score_TN: Tensor,
+    policy: Adapter,
+    log_lr: Mapping[str, Tensor],
+    whole_T: Tensor,
+    step: int = STEP,
+) -> tuple[Tensor, int, int]:
+    """`left_out` where the outer loss with all, `whole_T`, is known; tokens and failed verdicts of its outer losses.
+
+    `step`: that of `whole_T`, whose seeds sampled answers share. With one inner step every example's gradient is taken once, an
+    adapter an example; else it is N inner loops. Either way on every rank alike, whatever is malformed there.
+    """
+    start = expand(beginning(setting, policy), len(tasks))
+    gradient = _each_gradient(setting, tasks, practice, start) if setting.recipe.inner.steps == 1 else None
+    lr = inner_rates(setting, log_lr, policy)
     valid_TN, temperature = practice.valid_TN, setting.recipe.scorer.temperature
-    whole = update(setting, tasks, practice, scorer.weights(score_TN, valid_TN, temperature), policy, log_lr)
     change_TN = torch.full_like(score_TN, float("nan"))
+    tokens = failures = 0
     for i in range(valid_TN.shape[1]):
-        if not valid_TN[:, i].any():
-            continue
         rest_TN = valid_TN.clone()
         rest_TN[:, i] = False
         weight_TN = scorer.weights(score_TN, rest_TN, temperature)
-        less = update(setting, tasks, practice, weight_TN, policy, log_lr)
-        change_TN[:, i] = torch.where(valid_TN[:, i], less.loss_T - whole.loss_T, float("nan"))
-    return change_TN, whole
+        if gradient is None:
+            less = update(setting, tasks, practice, weight_TN, policy, log_lr, step=step, watch=False)
+        else:
+            mean = {
+                key: torch.einsum("tn,tnij->tij", weight_TN / weight_TN.shape[1], g)
+                for key, g in gradient.items()
+            }
+            state = optimizers.init(setting.rule, start)
+            adapter, _ = optimizers.update(setting.rule, 0, mean, state, start, lr)
+            less = _after(setting, tasks, adapter, torch.zeros_like(valid_TN[:, 0]), step)
+        change_TN[:, i] = torch.where(valid_TN[:, i], less.loss_T - whole_T, float("nan"))
+        tokens, failures = tokens + less.tokens, failures + less.failures
+    return change_TN, tokens, failures
 
 
 def one_step(

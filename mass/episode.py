@@ -17,6 +17,7 @@ from torch import Tensor
 from mass import metagrad, outer, scorer
 from mass.batch import Packed, Sequence, pack
 from mass.blocks import attends_fully
+from mass.credit import rises
 from mass.forward import loss_and_grad, reference_states
 from mass.lora import Adapter, expand, select
 from mass.metagrad import MetaGradient
@@ -111,25 +112,14 @@ def run(
         solving = recipe.outer.gamma > 0
         before = outer_loss(setting, tasks, solve_shots, start, step, "before", need_grad=solving)
     writes = recipe.outer.writes and not given
-    rewarded = loop
-    if writes and recipe.outer.credit == "uniform":
-        even_TN = torch.zeros_like(loop.weight_TN)
-        rewarded = _inner_loop(
-            setting, tasks, practice, solve_shots, even_TN, start, lr, step, "uniform", clock
-        )
-
+    reward = _reward(
+        setting, tasks, practice, solve_shots, score_TN.detach(), policy, log_lr, loop, step, writes, clock
+    )
     with clock("policy"):
-        advantage_TN = outer.credit_advantage(
-            rewarded.by_score_TN,
-            valid_TN,
-            torch.ones_like(valid_TN),
-            recipe.outer.min_spread,
-            recipe.outer.malformed_penalty,
-        )
         gradients = {f"policy/{key}": torch.zeros_like(x) for key, x in policy.items()}
         kl = 0.0
         if writes:
-            kl = _generator_gradient(setting, practice, advantage_TN, one, gradients)
+            kl = _generator_gradient(setting, practice, reward.advantage_TN, one, gradients)
         for key in policy:
             if recipe.outer.gamma > 0:
                 gradients[f"policy/{key}"] += recipe.outer.gamma * before.grad[key].sum(0) / T
@@ -155,14 +145,15 @@ def run(
     metrics, counts = step_metrics(
         practice, score_TN, loop.weight_TN, by_score_TN, loop.tuned, before, loop.after, loop.counts_T
     )
-    metrics |= truth_metrics(practice, tasks, score_TN.detach(), by_score_TN, advantage_TN, loop.counts_T)
+    metrics |= truth_metrics(
+        practice, tasks, score_TN.detach(), by_score_TN, reward.advantage_TN, loop.counts_T
+    )
     metrics["policy/kl"] = kl
     if N > 1:
-        metrics["generator/advantage_spread"] = advantage_TN.std(1).mean().item()
-    if rewarded is not loop:
-        metrics["tokens/trained"] *= 2
-        metrics["tokens/outer"] += rewarded.after.tokens
-        metrics["verifier/failures"] += rewarded.after.failures
+        metrics["generator/advantage_spread"] = reward.advantage_TN.std(1).mean().item()
+    metrics["tokens/trained"] *= 1 + reward.loops
+    metrics["tokens/outer"] += reward.tokens
+    metrics["verifier/failures"] += reward.failures
     counts = dict.fromkeys(metrics, T) | counts
     return Result(gradients, metrics, counts, practice, loop.weight_TN, -by_score_TN, answers, clock.seconds)
 
@@ -228,6 +219,54 @@ def _inner_loop(
         )
         by_score_TN = scorer.score_gradient(score_TN, valid_TN, recipe.scorer.temperature, meta.weight_TN)
     return _Loop(weight_TN, tuned, after, counts_T, meta, by_score_TN)
+
+
+@dataclass(frozen=True)
+class _Reward:
+    """The advantage of each generated example; inner loops that were taken for it alone, tokens and failed verdicts of the outer
+    losses after them."""
+
+    advantage_TN: Tensor
+    loops: int = 0
+    tokens: int = 0
+    failures: int = 0
+
+
+def _reward(
+    setting: Setting,
+    tasks: Seq[Task],
+    practice: Practice,
+    solve_shots: Seq[Seq[tuple[str, str]]],
+    score_TN: Tensor,
+    policy: Adapter,
+    log_lr: Mapping[str, Tensor],
+    loop: _Loop,
+    step: int,
+    writes: bool,
+    clock: "Clock",
+) -> _Reward:
+    """What rewards the generator (`outer.credit`). Without `writes` it is not trained: the credit of `loop`, for the metrics."""
+    o, valid_TN = setting.recipe.outer, practice.valid_TN
+    sampled_TN = torch.ones_like(valid_TN)
+    if writes and o.credit == "left_out":
+        with clock("left_out"):
+            rise_TN, tokens, failures = rises(
+                setting, tasks, practice, score_TN, policy, log_lr, loop.after.loss_T, step
+            )
+        # A difference to the loss without the example has its baseline and its size already.
+        rise_TN = torch.where(valid_TN & loop.counts_T.unsqueeze(1), rise_TN, 0.0)
+        advantage_TN = rise_TN.masked_fill(~valid_TN, -o.malformed_penalty)
+        # with one inner step `rises` reads the examples once for all
+        loops = 1 if setting.recipe.inner.steps == 1 else valid_TN.shape[1]
+        return _Reward(advantage_TN, loops, tokens, failures)
+    credit_TN, loops, tokens, failures = -loop.by_score_TN, 0, 0, 0
+    if writes and o.credit == "uniform":
+        start, lr = expand(beginning(setting, policy), len(tasks)), inner_rates(setting, log_lr, policy)
+        even_TN = torch.zeros_like(score_TN)
+        even = _inner_loop(setting, tasks, practice, solve_shots, even_TN, start, lr, step, "uniform", clock)
+        credit_TN, loops, tokens, failures = -even.by_score_TN, 1, even.after.tokens, even.after.failures
+    advantage_TN = outer.credit_advantage(credit_TN, valid_TN, sampled_TN, o.min_spread, o.malformed_penalty)
+    return _Reward(advantage_TN, loops, tokens, failures)
 
 
 def _generator_gradient(

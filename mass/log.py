@@ -312,7 +312,9 @@ def _line_parts(values: Mapping[str, float]) -> Iterator[str]:
     if "scorer/effective_examples" in values:
         yield f"effective {values['scorer/effective_examples']:.1f}"
     if "time/step" in values:
-        parts = {part: values.get(f"time/{part}") for part in ("generate", "inner", "meta", "outer")}
+        parts = {
+            part: values.get(f"time/{part}") for part in ("generate", "inner", "meta", "outer", "left_out")
+        }
         shown = ", ".join(f"{part} {value:.1f}" for part, value in parts.items() if value is not None)
         yield f"{values['time/step']:.1f} s" + (f" ({shown})" if shown else "")
 

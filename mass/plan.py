@@ -117,7 +117,7 @@ def make(recipe: Recipe, ranks: int, engines: Collection[str] = tuple(ENGINES)) 
             same[key] = memory.predict(
                 hf, parts, shape, inner, last, engine=engine, steps=i.steps, recompute=recompute, checkpoint=key[2],
                 rule=rule, need_init=r.outer.through_init, keep_grads=i.learned_lr != "no", policy=policy,
-                with_kl=r.outer.holds, loops=1 + (policy is not None and r.outer.credit == "uniform"), seen=seen,
+                with_kl=r.outer.holds, loops=loops_held(r), seen=seen,
             )  # fmt: skip
         peaks[name] = same[key]
     rows = min(r.generate.batch_rows, T * max(N, G))
@@ -202,6 +202,15 @@ def _on_cpu(device: str) -> bool:
     return device == "cpu" or (device == "auto" and not torch.cuda.is_available())
 
 
+def loops_held(recipe: Recipe) -> int:
+    """Inner loops whose trajectories a step holds together: what rewards the generator may want some of its own."""
+    o = recipe.outer
+    if not o.writes or o.credit == "score":
+        return 1
+    # with one inner step each example has an adapter and a gradient; with more, one loop is run after the other
+    return 1 + (recipe.generate.examples if o.credit == "left_out" and recipe.inner.steps == 1 else 1)
+
+
 def _packed_bytes(hf: torch.nn.Module) -> int:
     """A CPU keeps the matrices of a bf16 base a second time, in the order that its products like (mass/fastlinear.py)."""
     if not has_bf16_products():
@@ -236,14 +245,19 @@ def _flops(r: Recipe, linear: int, head: int) -> dict[str, float]:
         return {"generate": token * sampled, "outer loss": (2 * token + _has_kl(r) * kl) * read}
     train = T * N * (PROMPT + new)
     # the generator's credit may want an inner loop of its own, and the outer loss after it
-    loops = 1 + (r.outer.credit == "uniform" and r.outer.generator > 0 and r.outer.lr_policy > 0)
-    last = (1 + loops) * T * G * (PROMPT + answer)
-    sampled = last if r.outer.loss == "verifier" else 0
+    loops = 1 + (r.outer.writes and r.outer.credit == "uniform")
+    once = T * G * (PROMPT + answer)
+    last = (1 + loops) * once
+    without = N * once if r.outer.writes and r.outer.credit == "left_out" else 0
+    sampled = last + without if r.outer.loss == "verifier" else 0
     out = {
         "generate": token * (train + sampled),
         "outer loss, before and after": 2 * token * last,
         "policy gradient": (2 * token + (max(r.outer.beta, r.outer.beta_check) > 0) * kl) * train,
     }
+    if without:
+        passes = 1 if r.inner.steps == 1 else N * r.inner.steps
+        out["without each example"] = 2 * token * train * passes + token * without
     for name, (_, _, _, factor) in ENGINES.items():
         out[f"inner loop and meta, {name}"] = factor * 2 * token * train * r.inner.steps * loops
     return out

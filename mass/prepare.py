@@ -131,7 +131,7 @@ def _choose(
             keep_grads=r.inner.learned_lr != "no",
             policy=policy if r.outer.writes else None,
             with_kl=r.outer.holds,
-            loops=1 + (r.outer.writes and r.outer.credit == "uniform"),
+            loops=plan.loops_held(r),
         )
     if world.size > 1:
         dist.broadcast_object_list(chosen)

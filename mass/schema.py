@@ -227,10 +227,11 @@ class Outer:
         ge=0,
     )
     generator: float = _key(1.0, "coefficient of the generator loss", ge=0)
-    credit: Literal["score", "uniform"] = _key(
+    credit: Literal["score", "uniform", "left_out"] = _key(
         "score",
-        "weights at which the credit that rewards the generator is taken: the scorer's, or uniform ones (a second inner loop), "
-        "where it tells good examples apart however sharp the scorer is",
+        "what rewards the generator: the derivative at the scorer's weights; at uniform ones (a second inner loop), where it tells "
+        "good examples apart however sharp the scorer is; or, in nats, what the outer loss rises by without the example (N inner "
+        "loops more), which rewards no second example of what is there already",
     )
     reward: Literal["example", "answer", "solution"] = _key(
         "example",
@@ -245,7 +246,9 @@ class Outer:
     clip_grad: float = _key(1.0, "largest norm of the outer gradient", gt=0)
     ratio_clip: float = _key(0.2, "how far a token's policy ratio may leave 1", gt=0)
     malformed_penalty: float = _key(1.0, "advantage taken from a malformed example", ge=0)
-    min_spread: float = _key(1e-8, "a task whose credits spread less than this is left out", ge=0)
+    min_spread: float = _key(
+        1e-8, "a task whose credits spread less than this is left out (not so with credit=left_out)", ge=0
+    )
     max_skipped: int = _key(5, "steps in a row with a non-finite gradient that stop the run", ge=1)
     micro_rows: int = _key(32, "sequences in one policy-gradient forward", ge=1)
 

@@ -1,19 +1,22 @@
-"""What rewards the generator: the credit at the scorer's weights, or at uniform ones (outer.credit)."""
+"""What rewards the generator: the credit at the scorer's weights, at uniform ones, or what leaving out does (outer.credit)."""
 
+import math
 from typing import Any
 
 import pytest
 import torch
 from ranks import ROOT
-from steps import GOOD, SGD, N, T, make_world, naive_generator_gradient, naive_outer, tasks
+from steps import GOOD, SGD, N, T, World, make_world, naive_generator_gradient, naive_outer, tasks
 from torch import Tensor
 
-from mass import accumulate, episode, metrics, plan, practice
+from mass import accumulate, episode, inner, metrics, plan, practice
+from mass.credit import rises
 from mass.episode import Result
 from mass.recipe import load
 from mass.worlds import Truth
 
 UNIFORM = "outer.credit=uniform"
+LEFT_OUT = "outer.credit=left_out"
 # one is malformed: weights are uniform over the valid examples of a task
 EXAMPLES = [[GOOD[0][0], None, *GOOD[0][2:]], GOOD[1]]
 RULES = {
@@ -29,6 +32,14 @@ def part(result: Result, group: str) -> dict[str, Tensor]:
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return all(torch.equal(a[key], b[key]) for key in a)
+
+
+def scores(world: World) -> Tensor:
+    """What the world's scorer says of its examples."""
+    s, r = world.setting, world.setting.recipe.scorer
+    texts = [task.problem.text for task in tasks()]
+    inputs = episode.features(s.lm, s.parts, s.prompts, world.practice, texts, r.layers, r.pool)
+    return torch.func.functional_call(s.head, dict(world.eta), inputs).detach()
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -60,6 +71,51 @@ def test_uniform_credit_is_the_derivative_at_equal_scores(
     assert same(part(result, "scorer"), part(plain, "scorer"))
     assert torch.equal(result.credit_TN, plain.credit_TN)
     assert not same(part(result, "policy"), part(plain, "policy")), "the scores of this world differ"
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("rule", RULES)
+def test_left_out_credit_is_the_rise_without_the_example(
+    monkeypatch: pytest.MonkeyPatch, rule: str, steps: int
+) -> None:
+    """By the whole pipeline task by task without each example, under the scorer's weights of the others."""
+    more = (*RULES[rule], f"inner.steps={steps}", "outer.gamma=0", "outer.beta=0.3")
+    world = make_world(monkeypatch, *more, LEFT_OUT, examples=EXAMPLES)
+    score_TN, valid_TN = scores(world), world.practice.valid_TN
+    credit_TN = torch.zeros(T, N).double()
+    whole = naive_outer(world, score_TN=score_TN)
+    for t, n in valid_TN.nonzero().tolist():
+        without_TN = score_TN.clone()
+        without_TN[t, n] = -math.inf
+        credit_TN[t, n] = T * (naive_outer(world, score_TN=without_TN) - whole)
+    assert credit_TN[valid_TN].abs().min() > 1e-6
+    result = world.run()
+    advantage_TN = torch.where(valid_TN, credit_TN, -0.5)
+    for key, want in naive_generator_gradient(world, advantage_TN).items():
+        # old log-probabilities are kept in fp32
+        torch.testing.assert_close(result.gradients[f"policy/{key}"], want, rtol=1e-4, atol=1e-7)
+    plain = make_world(monkeypatch, *more, examples=EXAMPLES).run()
+    assert same(part(result, "scorer"), part(plain, "scorer"))
+    assert torch.equal(result.credit_TN, plain.credit_TN)
+    assert result.metrics["tokens/trained"] == (2 if steps == 1 else 1 + N) * plain.metrics["tokens/trained"]
+    assert result.metrics["tokens/outer"] == (2 + N) / 2 * plain.metrics["tokens/outer"]
+
+
+def test_left_out_credit_has_no_part_in_a_task_that_exploded(monkeypatch: pytest.MonkeyPatch) -> None:
+    more = (*SGD, "outer.gamma=0", "outer.beta=0", "outer.malformed_penalty=0")
+    monkeypatch.setattr(inner, "exploded", lambda before_T, *_: torch.ones_like(before_T).bool())
+    result = make_world(monkeypatch, *more, LEFT_OUT, examples=EXAMPLES).run()
+    assert result.metrics["meta/exploded"] == 1
+    assert all((g == 0).all() for g in part(result, "policy").values())
+
+
+def test_left_out_credit_of_a_verified_loss_shares_its_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An example without weight changes nothing, so that the answers and their verdicts are the same."""
+    world = make_world(monkeypatch, *SGD, "outer.loss=verifier", "inner.lr=0", "outer.gamma=0", LEFT_OUT)
+    seen: list[Tensor] = []
+    monkeypatch.setattr(episode, "rises", lambda *given: seen.append(rises(*given)[0]) or rises(*given))
+    world.run()
+    assert len(seen) == 1 and (seen[0] == 0).all()
 
 
 def test_where_scores_are_equal_both_credits_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,8 +169,9 @@ def test_the_second_loop_is_run_and_counted_where_a_generator_learns_from_it_alo
     assert len(seen) == 6
 
 
-def test_tasks_in_parts_are_the_tasks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    world = make_world(monkeypatch, *SGD, UNIFORM, examples=EXAMPLES)
+@pytest.mark.parametrize("how", [UNIFORM, LEFT_OUT])
+def test_tasks_in_parts_are_the_tasks_at_once(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    world = make_world(monkeypatch, *SGD, how, examples=EXAMPLES)
     asked = world.practice
 
     def some(lm: Any, prompts: Any, targets: list[str], **more: Any) -> practice.Practice:
@@ -160,4 +217,14 @@ def test_a_plan_counts_the_second_loop() -> None:
         return plan._flops(made, 100, 10)["inner loop and meta, reverse"]
 
     assert loop(UNIFORM) == 2 * loop()
-    assert loop(UNIFORM, "outer.lr_policy=0") == loop()
+    assert loop(UNIFORM, "outer.lr_policy=0") == loop() == loop(LEFT_OUT)
+
+
+def test_a_plan_counts_the_loops_without_each_example() -> None:
+    def loops(*overrides: str) -> dict[str, float]:
+        return plan._flops(load(ROOT / "recipes/smoke.yaml", list(overrides)), 100, 10)
+
+    name = "without each example"
+    one, two = (loops(LEFT_OUT, f"inner.steps={steps}")[name] for steps in (1, 2))
+    assert two > one > 0
+    assert name not in loops() and name not in loops(LEFT_OUT, "outer.generator=0")

@@ -81,7 +81,9 @@ def test_auto_plans_for_no_generator_where_none_is_trained(monkeypatch: pytest.M
         ["outer.generator=0"],
         ["outer.lr_policy=0", "outer.credit=uniform"],
         ["outer.credit=uniform"],
+        ["outer.credit=left_out", "inner.steps=2"],
+        ["outer.credit=left_out", "inner.steps=1"],
     ):
         recipe = load(ROOT / "recipes/smoke.yaml", ["meta_gradient.mode=auto", *changes])
         prepare.make_setting(recipe, World(0, 1, torch.device("cpu")), [], None)
-    assert told == [(True, 1), (True, 1), (False, 2)]
+    assert told == [(True, 1), (True, 1), (False, 2), (False, 2), (False, 4)]
