@@ -72,7 +72,7 @@ class Ranks:
         self.process.stdout.close()
 
     def __call__(
-        self, target: str, *arguments: Any, world: int = 1, limit: float = 110, grace: float = 110
+        self, target: str, *arguments: Any, world: int = 1, limit: float = 250, grace: float = 250
     ) -> Done:
         """Call `target` ("module:function") on every rank. What has not ended after `limit` seconds is killed, and so is what
         has not `grace` seconds after a rank has failed, as under a launcher."""

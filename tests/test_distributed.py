@@ -250,7 +250,7 @@ def one_of_another(folder: str) -> None:
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_rank_whose_peer_has_died_fails_instead_of_waiting(ranks: Ranks, tmp_path: Path) -> None:
-    done = ranks("test_distributed:one_of_another", str(tmp_path), world=2, limit=60)
+    done = ranks("test_distributed:one_of_another", str(tmp_path), world=2, limit=120)
     assert done.codes[1] == 7 and done.codes[0] not in (0, -9), done
     assert not (tmp_path / "went on").exists()
 

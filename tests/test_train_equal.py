@@ -62,9 +62,9 @@ def both(ranks: Ranks, recipe: Path, tmp_path_factory: pytest.TempPathFactory) -
             own = three if stage == 3 else two
             own.append(words(f"{loss}-{kind}-{stage}", loss, kind, f"zero.stage={stage}"))
             pairs[stage == 3].append((folder / f"{loss}-{kind}", folder / f"{loss}-{kind}-{stage}"))
-    ranks("runs:many", one, limit=115).good()
-    ranks("runs:many", two, world=2, limit=115).good()
-    ranks("runs:many", three, world=2, limit=115).good()
+    ranks("runs:many", one, limit=250).good()
+    ranks("runs:many", two, world=2, limit=250).good()
+    ranks("runs:many", three, world=2, limit=250).good()
     return pairs
 
 
@@ -262,7 +262,7 @@ def test_resume_at_other_sizes_and_stages(ranks: Ranks, recipe: Path, tmp_path: 
     """
     own = [str(recipe), f"run.folder={tmp_path}", "save.every=1", "outer.loss=verifier"]
     whole = [*own, "run.name=whole", "outer.tasks=4", "outer.steps=4"]
-    ranks("runs:many", [whole, [*whole, "run.name=accumulated", "outer.tasks_at_once=3"]], limit=115).good()
+    ranks("runs:many", [whole, [*whole, "run.name=accumulated", "outer.tasks_at_once=3"]], limit=250).good()
     moved = [*own, "run.name=moved", "run.resume=auto"]
     for world, stage, steps in ((2, 1, 1), (1, 3, 2), (2, 0, 4)):
         size = [f"outer.tasks={4 // world}", f"zero.stage={stage}", f"outer.steps={steps}"]
