@@ -43,7 +43,7 @@ $(STAMP): setup.cfg pyproject.toml
 # auto: a second `make demo` goes on where the first one stopped
 demo: env
 	deepspeed launch/meta_train.py recipes/demo.yaml run.resume=auto
-	mass-adapt --run checkpoints/demo --problem "State the final answer to the following arithmetic problem: 4 + 3 ="
+	mass-adapt --run checkpoints/demo --problem "State the final answer to the following arithmetic problem: 4 + 5 ="
 
 # a file's tests stay in one process: they share runs and models
 test: lint
