@@ -226,7 +226,7 @@ class Outer:
         "none with gold",
         ge=0,
     )
-    generator: float = _key(1.0, "coefficient of the generator loss", ge=0)
+    generator: float = _key(1.0, "coefficient of the generator loss, its KL included", ge=0)
     credit: Literal["score", "uniform", "left_out"] = _key(
         "score",
         "what rewards the generator: the derivative at the scorer's weights; at uniform ones (a second inner loop), where it tells "
