@@ -247,14 +247,14 @@ def _reward(
 ) -> _Reward:
     """What rewards the generator (`outer.credit`). Without `writes` it is not trained: the credit of `loop`, for the metrics."""
     o, valid_TN = setting.recipe.outer, practice.valid_TN
-    sampled_TN = torch.ones_like(valid_TN)
     if writes and o.credit == "left_out":
         with clock("left_out"):
             rise_TN, tokens, failures = rises(
                 setting, tasks, practice, score_TN, policy, log_lr, loop.after.loss_T, step
             )
-        # A difference to the loss without the example has its baseline and its size already.
-        rise_TN = torch.where(valid_TN & loop.counts_T.unsqueeze(1), rise_TN, 0.0)
+        # A difference to the loss without the example has its baseline and its size already. Not finite: there is no such
+        # example, or the loop without it exploded.
+        rise_TN = torch.where(rise_TN.isfinite() & loop.counts_T.unsqueeze(1), rise_TN, 0.0)
         advantage_TN = rise_TN.masked_fill(~valid_TN, -o.malformed_penalty)
         # with one inner step `rises` reads the examples once for all
         loops = 1 if setting.recipe.inner.steps == 1 else valid_TN.shape[1]
@@ -265,7 +265,9 @@ def _reward(
         even_TN = torch.zeros_like(score_TN)
         even = _inner_loop(setting, tasks, practice, solve_shots, even_TN, start, lr, step, "uniform", clock)
         credit_TN, loops, tokens, failures = -even.by_score_TN, 1, even.after.tokens, even.after.failures
-    advantage_TN = outer.credit_advantage(credit_TN, valid_TN, sampled_TN, o.min_spread, o.malformed_penalty)
+    advantage_TN = outer.credit_advantage(
+        credit_TN, valid_TN, torch.ones_like(valid_TN), o.min_spread, o.malformed_penalty
+    )
     return _Reward(advantage_TN, loops, tokens, failures)
 
 

@@ -109,6 +109,20 @@ def test_left_out_credit_has_no_part_in_a_task_that_exploded(monkeypatch: pytest
     assert all((g == 0).all() for g in part(result, "policy").values())
 
 
+def test_a_loop_that_explodes_without_an_example_gives_it_no_reward(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = make_world(monkeypatch, *SGD, "outer.gamma=0", LEFT_OUT)
+    rise_TN = torch.linspace(-1, 1, T * N).double().view(T, N)
+
+    def gradients(value: float) -> dict[str, Tensor]:
+        rise_TN[0, 1], rise_TN[1, 2] = value, value
+        monkeypatch.setattr(episode, "rises", lambda *_: (rise_TN, 0, 0))
+        return part(world.run(), "policy")
+
+    zero = gradients(0.0)
+    assert same(gradients(math.nan), zero) and same(gradients(math.inf), zero)
+    assert any((g != 0).any() for g in zero.values())
+
+
 def test_left_out_credit_of_a_verified_loss_shares_its_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
     """An example without weight changes nothing, so that the answers and their verdicts are the same."""
     world = make_world(monkeypatch, *SGD, "outer.loss=verifier", "inner.lr=0", "outer.gamma=0", LEFT_OUT)
