@@ -18,7 +18,7 @@ from mass.generate import generate
 
 pytestmark = [
     pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -257,6 +257,14 @@ def test_check_model_refuses_a_logit_scale_it_does_not_know(kind: str, settings:
     assert type(hf).__name__ in str(caught.value)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_check_model_refuses_a_base_that_mixes_packed_sequences(dtype: torch.dtype) -> None:
+    """Its logits are what we take them for; what goes wrong is larger than bf16's rounding."""
+    hf = foreign("opt", ffn_dim=48, word_embed_proj_dim=32).to(dtype)
+    with pytest.raises(MassError, match="OPTForCausalLM mixes sequences"):
+        forward.check_model(hf)
+
+
 @pytest.mark.parametrize(
     "kind,settings",
     [
