@@ -104,17 +104,15 @@ def run(
         score_TN = torch.func.functional_call(setting.head, live, (task_TF, example_TNF))
 
     lr = inner_rates(setting, log_lr, policy)
-    loop = _inner_loop(
-        setting, tasks, practice, solve_shots, score_TN.detach(), start, lr, step, "after", clock
-    )
+    batch = _Batch(setting, tasks, practice, solve_shots, start, lr, step, clock)
+    loop = _inner_loop(batch, score_TN.detach(), "after")
     by_score_TN = loop.by_score_TN
     with clock("outer"):
         solving = recipe.outer.gamma > 0
         before = outer_loss(setting, tasks, solve_shots, start, step, "before", need_grad=solving)
     writes = recipe.outer.writes and not given
-    reward = _reward(
-        setting, tasks, practice, solve_shots, score_TN.detach(), policy, log_lr, loop, step, writes, clock
-    )
+    reward = _reward(batch, score_TN.detach(), policy, log_lr, loop, writes)
+
     with clock("policy"):
         gradients = {f"policy/{key}": torch.zeros_like(x) for key, x in policy.items()}
         kl = 0.0
@@ -171,19 +169,24 @@ class _Loop:
     by_score_TN: Tensor
 
 
-def _inner_loop(
-    setting: Setting,
-    tasks: Seq[Task],
-    practice: Practice,
-    solve_shots: Seq[Seq[tuple[str, str]]],
-    score_TN: Tensor,
-    start: Adapter,
-    lr: Mapping[str, Tensor],
-    step: int,
-    when: str,
-    clock: "Clock",
-) -> _Loop:
+@dataclass(frozen=True)
+class _Batch:
+    """What every inner loop of a step works on: T tasks with their examples, T adapters to start from, a rate for each tensor of
+    them."""
+
+    setting: Setting
+    tasks: Seq[Task]
+    practice: Practice
+    solve_shots: Seq[Seq[tuple[str, str]]]
+    start: Adapter
+    lr: Mapping[str, Tensor]
+    step: int
+    clock: "Clock"
+
+
+def _inner_loop(batch: _Batch, score_TN: Tensor, when: str) -> _Loop:
     """Fine-tune under the weights that the scores give, and differentiate the outer loss. `when` seeds sampled answers."""
+    setting, practice, clock = batch.setting, batch.practice, batch.clock
     recipe, lm, valid_TN = setting.recipe, setting.lm, practice.valid_TN
     learns_lr = recipe.inner.learned_lr != "no"
     with clock("inner"):
@@ -193,9 +196,9 @@ def _inner_loop(
             lm,
             practice.packed,
             weight_TN,
-            start,
+            batch.start,
             rule=setting.rule,
-            lr=lr,
+            lr=batch.lr,
             steps=recipe.inner.steps,
             max_growth=recipe.inner.max_growth,
             parts=setting.parts if setting.checkpoint else None,
@@ -204,7 +207,9 @@ def _inner_loop(
             keep_grads=learns_lr or recipe.meta_gradient.one_sided,
         )
     with clock("outer"):
-        after = outer_loss(setting, tasks, solve_shots, tuned.trajectory.adapter, step, when)
+        after = outer_loss(
+            setting, batch.tasks, batch.solve_shots, tuned.trajectory.adapter, batch.step, when
+        )
         # A task without examples has not moved and one that exploded gives noise: neither has a credit.
         counts_T = valid_TN.any(1) & ~tuned.exploded_T
         outer_grad = {key: g * counts_T.view(-1, 1, 1) for key, g in after.grad.items()}
@@ -233,24 +238,15 @@ class _Reward:
 
 
 def _reward(
-    setting: Setting,
-    tasks: Seq[Task],
-    practice: Practice,
-    solve_shots: Seq[Seq[tuple[str, str]]],
-    score_TN: Tensor,
-    policy: Adapter,
-    log_lr: Mapping[str, Tensor],
-    loop: _Loop,
-    step: int,
-    writes: bool,
-    clock: "Clock",
+    batch: _Batch, score_TN: Tensor, policy: Adapter, log_lr: Mapping[str, Tensor], loop: _Loop, writes: bool
 ) -> _Reward:
     """What rewards the generator (`outer.credit`). Without `writes` it is not trained: the credit of `loop`, for the metrics."""
+    setting, practice = batch.setting, batch.practice
     o, valid_TN = setting.recipe.outer, practice.valid_TN
     if writes and o.credit == "left_out":
-        with clock("left_out"):
+        with batch.clock("left_out"):
             rise_TN, tokens, failures = rises(
-                setting, tasks, practice, score_TN, policy, log_lr, loop.after.loss_T, step
+                setting, batch.tasks, practice, score_TN, policy, log_lr, loop.after.loss_T, batch.step
             )
         # A difference to the loss without the example has its baseline and its size already. Not finite: there is no such
         # example, or the loop without it exploded.
@@ -261,9 +257,7 @@ def _reward(
         return _Reward(advantage_TN, loops, tokens, failures)
     credit_TN, loops, tokens, failures = -loop.by_score_TN, 0, 0, 0
     if writes and o.credit == "uniform":
-        start, lr = expand(beginning(setting, policy), len(tasks)), inner_rates(setting, log_lr, policy)
-        even_TN = torch.zeros_like(score_TN)
-        even = _inner_loop(setting, tasks, practice, solve_shots, even_TN, start, lr, step, "uniform", clock)
+        even = _inner_loop(batch, torch.zeros_like(score_TN), "uniform")
         credit_TN, loops, tokens, failures = -even.by_score_TN, 1, even.after.tokens, even.after.failures
     advantage_TN = outer.credit_advantage(
         credit_TN, valid_TN, torch.ones_like(valid_TN), o.min_spread, o.malformed_penalty
