@@ -123,9 +123,13 @@ def test_a_loop_that_explodes_without_an_example_gives_it_no_reward(monkeypatch:
     assert any((g != 0).any() for g in zero.values())
 
 
-def test_left_out_credit_of_a_verified_loss_shares_its_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An example without weight changes nothing, so that the answers and their verdicts are the same."""
-    world = make_world(monkeypatch, *SGD, "outer.loss=verifier", "inner.lr=0", "outer.gamma=0", LEFT_OUT)
+@pytest.mark.parametrize("steps", [1, 2])
+def test_left_out_credit_of_a_verified_loss_shares_its_seeds(
+    monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    """An update that changes nothing: the answers and their verdicts are the same."""
+    more = (*SGD, "outer.loss=verifier", "inner.lr=0", f"inner.steps={steps}", "outer.gamma=0")
+    world = make_world(monkeypatch, *more, LEFT_OUT)
     seen: list[Tensor] = []
     monkeypatch.setattr(episode, "rises", lambda *given: seen.append(rises(*given)[0]) or rises(*given))
     world.run()

@@ -265,6 +265,18 @@ def test_check_model_refuses_a_base_that_mixes_packed_sequences(dtype: torch.dty
         forward.check_model(hf)
 
 
+def test_check_model_sees_a_mixing_that_is_smaller_than_the_rounding_of_bf16(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A twentieth of a row's mean state in each of its states. In bf16 as much is let pass as rounding between two shapes."""
+    hf = foreign("llama").bfloat16()
+    forward.check_model(hf)
+    norm = hf.model.norm.forward
+    monkeypatch.setattr(hf.model.norm, "forward", lambda x: norm(x) + 0.05 * norm(x).mean(1, keepdim=True))
+    with pytest.raises(MassError, match="mixes sequences"):
+        forward.check_model(hf)
+
+
 @pytest.mark.parametrize(
     "kind,settings",
     [
