@@ -278,6 +278,7 @@ def test_one_outer_step_of_every_recipe_with_a_tiny_model_and_local_data(
         "numbers": ["problems.size=120", "problems.heldout_size=8"],
         "smoke": [],
         "families": [],
+        "families_loop": [],
         "planted": [],
     }
     found = sorted(ROOT.joinpath("recipes").rglob("*.yaml"))
