@@ -17,6 +17,8 @@ problems: {train: PROBLEMS, heldout_size: 4}
 lora: {rank: 2}
 generate: {examples: 3, max_new_tokens: 16, answer_tokens: 8}
 scorer: {hidden: 8}
+# planning for memory takes ten seconds a run: tests/test_prepare.py and the recipe of test_train.py's smoke run do that
+meta_gradient: {mode: reverse}
 outer: {steps: 3, tasks: 2, rollouts: 6, warmup: 0, lr_scorer: 3e-4}
 save: {every: 1, keep: 0}
 """

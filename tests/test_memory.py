@@ -119,7 +119,7 @@ def test_the_policy_gradient_is_planned_for_where_it_is_the_largest_pass(engine:
     """Its batch is of one adapter, whose examples follow longer prompts than those that are learned from."""
     hf, parts = model()
     inner, last, long = batch(2), batch(2, examples=1), batch(2, tokens=400)
-    how: dict[str, Any] = {"engine": engine, "steps": 2}
+    how: dict[str, Any] = {"engine": engine, "steps": 1}
     plain = memory.predict(hf, parts, SHAPE, inner, last, **how)
     for with_kl in (False, True):
         written = memory.predict(hf, parts, SHAPE, inner, last, policy=long, with_kl=with_kl, **how)
@@ -167,7 +167,10 @@ def test_memory_grows_with_steps_by_small_states_only() -> None:
 def test_other_architectures(architecture: str) -> None:
     hf, parts = model(architecture)
     for engine in ("reverse", "blockwise"):
-        small, large = (predict(hf, parts, batch(t), engine=engine, steps=2).sweep for t in (1, 4))
+        # dL/dphi_0 makes one step take the second-order way back, too
+        small, large = (
+            predict(hf, parts, batch(t), engine=engine, steps=1, need_init=True).sweep for t in (1, 4)
+        )
         assert 2 < large / small < 4.5
 
 

@@ -278,7 +278,7 @@ def test_one_outer_step_of_every_recipe_with_a_tiny_model_and_local_data(
         "numbers": ["problems.size=120", "problems.heldout_size=8"],
         "smoke": [],
         "families": [],
-        "families_loop": [],
+        "families_loop": ["problems.size=400"],
         "planted": [],
     }
     found = sorted(ROOT.joinpath("recipes").rglob("*.yaml"))
@@ -295,6 +295,8 @@ def test_one_outer_step_of_every_recipe_with_a_tiny_model_and_local_data(
         "generate.answer_tokens=8",
         "evaluate.problems=4",
         "evaluate.every=1",
+        # planning for memory takes ten seconds each; the smoke run above does it
+        "meta_gradient.mode=reverse",
     ]
     ranks("runs:many", [[str(path), *common, *local[path.stem]] for path in found]).good()
     for path in found:

@@ -60,7 +60,9 @@ def both(ranks: Ranks, recipe: Path, tmp_path_factory: pytest.TempPathFactory) -
         one.append(words(f"{loss}-{kind}", loss, kind, "outer.tasks=4"))
         for stage in stages:
             own = three if stage == 3 else two
-            own.append(words(f"{loss}-{kind}-{stage}", loss, kind, f"zero.stage={stage}"))
+            # rank 0 plans for all, once
+            auto = ["meta_gradient.mode=auto"] if (loss, kind, stage) == ("gold", "sgd", 3) else []
+            own.append(words(f"{loss}-{kind}-{stage}", loss, kind, f"zero.stage={stage}", *auto))
             pairs[stage == 3].append((folder / f"{loss}-{kind}", folder / f"{loss}-{kind}-{stage}"))
     ranks("runs:many", one, limit=250).good()
     ranks("runs:many", two, world=2, limit=250).good()
