@@ -23,7 +23,7 @@ from mass.practice import Practice, features, solve_sequence
 from mass.problems import Task
 from mass.prompts import pick_shots
 from mass.rewards import Verifier
-from mass.setting import Setting, rate_name
+from mass.setting import Setting, TaskBatch, rate_name, task_batch
 
 # the weights under which credit and truth are taken: ending of a row's keys -> what they are called
 UNDER = {"": "scorer's weights", "_uniform": "uniform weights"}
@@ -183,7 +183,8 @@ def _rows(
     of_example: dict[str, list[Any]] = {"tokens": practice.packed.count_TN.tolist()}
     if practice.valid_TN.any():
         score_TN = _scores(setting, practice, tasks)
-        dot_TN, before_T = credit.one_step(setting, tasks, practice, policy)
+        batch = task_batch(setting, tasks, practice, policy, log_lr, credit.STEP)
+        dot_TN, before_T = credit.one_step(batch)
         of_problem["loss_before"] = before_T.tolist()
         of_example |= {"score": score_TN.tolist(), "one_step": dot_TN.tolist()}
         eta = {key: p.detach() for key, p in setting.head.named_parameters()}
@@ -195,7 +196,7 @@ def _rows(
                 )
             for rows, values in zip(
                 (of_problem, of_example),
-                _under(setting, practice, tasks, eta, score_TN, policy, log_lr),
+                _under(batch, eta, score_TN, policy, log_lr),
                 strict=True,
             ):
                 rows |= {f"{key}{end}": x.tolist() for key, x in values.items()}
@@ -226,18 +227,17 @@ def _scores(setting: Setting, practice: Practice, tasks: Sequence[Task]) -> Tens
 
 
 def _under(
-    setting: Setting,
-    practice: Practice,
-    tasks: Sequence[Task],
+    batch: TaskBatch,
     eta: Mapping[str, Tensor],
     score_TN: Tensor,
     policy: Adapter,
     log_lr: Mapping[str, Tensor],
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What is measured under one kind of weights, for each problem [T] and for each example [T, N]."""
-    result = episode.run(setting, tasks, credit.STEP, policy, eta, log_lr, practice=practice)
-    change_TN, whole = credit.left_out(setting, tasks, practice, score_TN, policy, log_lr)
-    smooth = credit.smoothness(setting, tasks, practice, score_TN, policy, log_lr, whole)
+    practice = batch.practice
+    result = episode.run(batch.setting, batch.tasks, credit.STEP, policy, eta, log_lr, practice=practice)
+    change_TN, whole = credit.left_out(batch, score_TN)
+    smooth = credit.smoothness(batch, score_TN, whole)
     # without a credit: the inner loop exploded, or there are no two examples to weigh
     lost_T = whole.exploded_T | ~torch.isfinite(smooth.agreement_T)
     per_problem = {

@@ -4,8 +4,6 @@ The credit is a derivative, the truth a difference: the inner loop is run again 
 the others are the softmax over them alone.
 """
 
-from collections.abc import Mapping
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import torch
@@ -15,11 +13,10 @@ from torch import Tensor
 from mass import optimizers, scorer
 from mass.forward import example_loss, loss_and_grad
 from mass.inner import Step
-from mass.lora import Adapter, expand
+from mass.lora import Adapter
 from mass.outer_loss import outer_loss
-from mass.practice import Practice, fine_tune, pack_examples, seed_of
-from mass.problems import Task
-from mass.setting import Setting, beginning, draw_shots, inner_rates, make_products
+from mass.practice import fine_tune, pack_examples, seed_of
+from mass.setting import TaskBatch, make_products
 
 # seeds the answers that a verified outer loss samples; not a step that training takes
 STEP = -1
@@ -49,47 +46,39 @@ class Smoothness:
     direction_TN: Tensor
 
 
-def update(
-    setting: Setting,
-    tasks: Seq[Task],
-    practice: Practice,
-    weight_TN: Tensor,
-    policy: Adapter,
-    log_lr: Mapping[str, Tensor],
-    *,
-    step: int = STEP,
-    watch: bool = True,
-) -> After:
-    """The inner loop under given weights, and the outer loss where it ends. `step` seeds sampled answers. `watch`: whether an
-    inner loss that grows is told (a forward pass more); else a task has exploded where its adapter is not finite."""
-    i = setting.recipe.inner
+def update(batch: TaskBatch, weight_TN: Tensor, *, watch: bool = True) -> After:
+    """The inner loop under given weights, and the outer loss where it ends. `watch`: whether an inner loss that grows is told
+    (a forward pass more); else a task has exploded where its adapter is not finite."""
+    setting = batch.setting
     tuned = fine_tune(
         setting.lm,
-        practice.packed,
+        batch.practice.packed,
         weight_TN,
-        expand(beginning(setting, policy), len(tasks)),
+        batch.start,
         rule=setting.rule,
-        lr=inner_rates(setting, log_lr, policy),
-        steps=i.steps,
-        max_growth=i.max_growth if watch else None,
+        lr=batch.lr,
+        steps=setting.recipe.inner.steps,
+        max_growth=setting.recipe.inner.max_growth if watch else None,
         parts=setting.parts if setting.checkpoint else None,
     )
-    return _after(setting, tasks, tuned.trajectory.adapter, tuned.exploded_T, step)
+    return _after(batch, tuned.trajectory.adapter, tuned.exploded_T)
 
 
-def _after(setting: Setting, tasks: Seq[Task], adapter: Adapter, exploded_T: Tensor, step: int) -> After:
-    shots = [own.solve for own in draw_shots(setting, tasks)]
-    found = outer_loss(setting, tasks, shots, adapter, step, "after", need_grad=False)
+def _after(batch: TaskBatch, adapter: Adapter, exploded_T: Tensor) -> After:
+    found = outer_loss(
+        batch.setting, batch.tasks, batch.solve_shots, adapter, batch.step, "after", need_grad=False
+    )
     return After(found.loss_T, exploded_T, adapter, found.tokens, found.failures)
 
 
-def _each_gradient(setting: Setting, tasks: Seq[Task], practice: Practice, start: Adapter) -> Adapter:
-    """The gradient of each example's own loss at `start`, [T, N, ...]; zero for a malformed one."""
-    lm, shape = setting.lm, practice.valid_TN.shape
-    alone = [[example] for own in practice.examples for example in own]
-    shots = [own.solve for own in draw_shots(setting, tasks) for _ in range(shape[1])]
+def _each_gradient(batch: TaskBatch) -> Adapter:
+    """The gradient of each example's own loss where the loop starts, [T, N, ...]; zero for a malformed one."""
+    setting, shape = batch.setting, batch.practice.valid_TN.shape
+    lm = setting.lm
+    alone = [[example] for own in batch.practice.examples for example in own]
+    shots = [own for own in batch.solve_shots for _ in range(shape[1])]
     packed, _ = pack_examples(lm, setting.prompts, alone, shots)
-    own = {key: x.repeat_interleave(shape[1], 0) for key, x in start.items()}
+    own = {key: x.repeat_interleave(shape[1], 0) for key, x in batch.start.items()}
     _, _, gradient = loss_and_grad(
         lm.hf,
         lm.lora,
@@ -101,91 +90,65 @@ def _each_gradient(setting: Setting, tasks: Seq[Task], practice: Practice, start
     return {key: g.unflatten(0, shape) for key, g in gradient.items()}
 
 
-def left_out(
-    setting: Setting,
-    tasks: Seq[Task],
-    practice: Practice,
-    score_TN: Tensor,
-    policy: Adapter,
-    log_lr: Mapping[str, Tensor],
-) -> tuple[Tensor, After]:
+def left_out(batch: TaskBatch, score_TN: Tensor) -> tuple[Tensor, After]:
     """How much the outer loss rises when an example is left out, [T, N] (NaN for a malformed one); and the update with all.
 
     Positive: the example helps, as with the credit. The weights are the softmax of `score_TN` over the examples that are
     left; a task whose only example goes stays as it was.
     """
-    weight_TN = scorer.weights(score_TN, practice.valid_TN, setting.recipe.scorer.temperature)
-    whole = update(setting, tasks, practice, weight_TN, policy, log_lr)
-    return rises(setting, tasks, practice, score_TN, policy, log_lr, whole.loss_T)[0], whole
+    whole = update(batch, _weights(batch, score_TN))
+    return rises(batch, score_TN, whole.loss_T)[0], whole
 
 
-def rises(
-    setting: Setting,
-    tasks: Seq[Task],
-    practice: Practice,
-    score_TN: Tensor,
-    policy: Adapter,
-    log_lr: Mapping[str, Tensor],
-    whole_T: Tensor,
-    step: int = STEP,
-) -> tuple[Tensor, int, int]:
-    """`left_out` where the outer loss with all, `whole_T`, is known; tokens and failed verdicts of its outer losses.
+def rises(batch: TaskBatch, score_TN: Tensor, whole_T: Tensor) -> tuple[Tensor, int, int]:
+    """`left_out` where the outer loss with all, `whole_T`, is known (under the seeds of the batch's step); tokens and failed
+    verdicts of its outer losses.
 
-    `step`: that of `whole_T`, whose seeds sampled answers share. With one inner step every example's gradient is taken once, an
-    adapter an example; else it is N inner loops. Either way on every rank alike, whatever is malformed there.
+    With one inner step every example's gradient is taken once, an adapter an example; else it is N inner loops. Either way on
+    every rank alike, whatever is malformed there.
     """
-    start = expand(beginning(setting, policy), len(tasks))
-    gradient = _each_gradient(setting, tasks, practice, start) if setting.recipe.inner.steps == 1 else None
-    lr = inner_rates(setting, log_lr, policy)
-    valid_TN, temperature = practice.valid_TN, setting.recipe.scorer.temperature
+    rule, valid_TN = batch.setting.rule, batch.practice.valid_TN
+    gradient = _each_gradient(batch) if batch.setting.recipe.inner.steps == 1 else None
     change_TN = torch.full_like(score_TN, float("nan"))
     tokens = failures = 0
     for i in range(valid_TN.shape[1]):
         rest_TN = valid_TN.clone()
         rest_TN[:, i] = False
-        weight_TN = scorer.weights(score_TN, rest_TN, temperature)
+        weight_TN = _weights(batch, score_TN, rest_TN)
         if gradient is None:
-            less = update(setting, tasks, practice, weight_TN, policy, log_lr, step=step, watch=False)
+            less = update(batch, weight_TN, watch=False)
         else:
             mean = {
                 key: torch.einsum("tn,tnij->tij", weight_TN / weight_TN.shape[1], g)
                 for key, g in gradient.items()
             }
-            state = optimizers.init(setting.rule, start)
-            adapter, _ = optimizers.update(setting.rule, 0, mean, state, start, lr)
-            less = _after(setting, tasks, adapter, torch.zeros_like(valid_TN[:, 0]), step)
+            state = optimizers.init(rule, batch.start)
+            adapter, _ = optimizers.update(rule, 0, mean, state, batch.start, batch.lr)
+            less = _after(batch, adapter, torch.zeros_like(valid_TN[:, 0]))
         change_TN[:, i] = torch.where(valid_TN[:, i], less.loss_T - whole_T, float("nan"))
         tokens, failures = tokens + less.tokens, failures + less.failures
     return change_TN, tokens, failures
 
 
-def one_step(
-    setting: Setting, tasks: Seq[Task], practice: Practice, policy: Adapter
-) -> tuple[Tensor, Tensor]:
-    """<grad l_i, grad L> of each example at phi_0, [T, N]: what a single small SGD step would make of the credit; and the
-    outer loss there, [T].
+def _weights(batch: TaskBatch, score_TN: Tensor, among_TN: Tensor | None = None) -> Tensor:
+    among_TN = batch.practice.valid_TN if among_TN is None else among_TN
+    return scorer.weights(score_TN, among_TN, batch.setting.recipe.scorer.temperature)
+
+
+def one_step(batch: TaskBatch) -> tuple[Tensor, Tensor]:
+    """<grad l_i, grad L> of each example where the loop starts, [T, N]: what a single small SGD step would make of the credit;
+    and the outer loss there, [T].
 
     Of the weights it knows nothing. Source: TracIn, arXiv 2002.08484; for fine-tuning LESS, arXiv 2402.04333.
     """
-    start = expand(beginning(setting, policy), len(tasks))
-    shots = [own.solve for own in draw_shots(setting, tasks)]
-    before = outer_loss(setting, tasks, shots, start, STEP, "before")
-    zero_TN = torch.zeros_like(practice.valid_TN, dtype=before.loss_T.dtype)
-    products = make_products(setting, practice.packed, zero_TN)
-    dot_TN, _ = products(Step(start, {}, before.grad, zero_TN), before.grad, False)
+    before = outer_loss(batch.setting, batch.tasks, batch.solve_shots, batch.start, batch.step, "before")
+    zero_TN = torch.zeros_like(batch.practice.valid_TN, dtype=before.loss_T.dtype)
+    products = make_products(batch.setting, batch.practice.packed, zero_TN)
+    dot_TN, _ = products(Step(batch.start, {}, before.grad, zero_TN), before.grad, False)
     return dot_TN, before.loss_T
 
 
-def smoothness(
-    setting: Setting,
-    tasks: Seq[Task],
-    practice: Practice,
-    score_TN: Tensor,
-    policy: Adapter,
-    log_lr: Mapping[str, Tensor],
-    whole: After,
-    reach: float = REACH,
-) -> Smoothness:
+def smoothness(batch: TaskBatch, score_TN: Tensor, whole: After, reach: float = REACH) -> Smoothness:
     """Two-point smoothness of the way from scores to adapter and outer loss: do finite differences at s and s + hv agree?
 
     The metaparameter is the vector of scores s of a task, its direction v ~ N(0, I) (the same at every call), h = `reach`.
@@ -200,15 +163,13 @@ def smoothness(
     metasmoothness) and definition 1. There the metaparameters are weights of data; here their logarithms.
     """
     generators = [
-        torch.Generator().manual_seed(seed_of(setting.recipe.run.seed, "direction", t.problem.id))
-        for t in tasks
+        torch.Generator().manual_seed(seed_of(batch.setting.recipe.run.seed, "direction", t.problem.id))
+        for t in batch.tasks
     ]
     direction_TN = torch.stack([torch.randn(score_TN.shape[1], generator=g) for g in generators]).to(score_TN)
     at = [whole]
     for k in (1, 2):
-        moved_TN = score_TN + k * reach * direction_TN
-        weight_TN = scorer.weights(moved_TN, practice.valid_TN, setting.recipe.scorer.temperature)
-        at.append(update(setting, tasks, practice, weight_TN, policy, log_lr))
+        at.append(update(batch, _weights(batch, score_TN + k * reach * direction_TN)))
     same_T = torch.zeros_like(whole.loss_T)
     total_T = torch.zeros_like(whole.loss_T)
     for key in whole.adapter:

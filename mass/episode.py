@@ -27,6 +27,7 @@ from mass.practice import Practice, Tuned, answer, features, fine_tune, seed_of,
 from mass.problems import Task
 from mass.setting import (
     Setting,
+    TaskBatch,
     answer_sampling,
     beginning,
     draw_shots,
@@ -104,14 +105,14 @@ def run(
         score_TN = torch.func.functional_call(setting.head, live, (task_TF, example_TNF))
 
     lr = inner_rates(setting, log_lr, policy)
-    batch = _Batch(setting, tasks, practice, solve_shots, start, lr, step, clock)
-    loop = _inner_loop(batch, score_TN.detach(), "after")
+    batch = TaskBatch(setting, tasks, practice, solve_shots, start, lr, step)
+    loop = _inner_loop(batch, clock, score_TN.detach(), "after")
     by_score_TN = loop.by_score_TN
     with clock("outer"):
         solving = recipe.outer.gamma > 0
         before = outer_loss(setting, tasks, solve_shots, start, step, "before", need_grad=solving)
     writes = recipe.outer.writes and not given
-    reward = _reward(batch, score_TN.detach(), policy, log_lr, loop, writes)
+    reward = _reward(batch, clock, score_TN.detach(), loop, writes)
 
     with clock("policy"):
         gradients = {f"policy/{key}": torch.zeros_like(x) for key, x in policy.items()}
@@ -169,24 +170,9 @@ class _Loop:
     by_score_TN: Tensor
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """What every inner loop of a step works on: T tasks with their examples, T adapters to start from, a rate for each tensor of
-    them."""
-
-    setting: Setting
-    tasks: Seq[Task]
-    practice: Practice
-    solve_shots: Seq[Seq[tuple[str, str]]]
-    start: Adapter
-    lr: Mapping[str, Tensor]
-    step: int
-    clock: "Clock"
-
-
-def _inner_loop(batch: _Batch, score_TN: Tensor, when: str) -> _Loop:
+def _inner_loop(batch: TaskBatch, clock: "Clock", score_TN: Tensor, when: str) -> _Loop:
     """Fine-tune under the weights that the scores give, and differentiate the outer loss. `when` seeds sampled answers."""
-    setting, practice, clock = batch.setting, batch.practice, batch.clock
+    setting, practice = batch.setting, batch.practice
     recipe, lm, valid_TN = setting.recipe, setting.lm, practice.valid_TN
     learns_lr = recipe.inner.learned_lr != "no"
     with clock("inner"):
@@ -237,17 +223,13 @@ class _Reward:
     failures: int = 0
 
 
-def _reward(
-    batch: _Batch, score_TN: Tensor, policy: Adapter, log_lr: Mapping[str, Tensor], loop: _Loop, writes: bool
-) -> _Reward:
+def _reward(batch: TaskBatch, clock: "Clock", score_TN: Tensor, loop: _Loop, writes: bool) -> _Reward:
     """What rewards the generator (`outer.credit`). Without `writes` it is not trained: the credit of `loop`, for the metrics."""
     setting, practice = batch.setting, batch.practice
     o, valid_TN = setting.recipe.outer, practice.valid_TN
     if writes and o.credit == "left_out":
-        with batch.clock("left_out"):
-            rise_TN, tokens, failures = rises(
-                setting, batch.tasks, practice, score_TN, policy, log_lr, loop.after.loss_T, batch.step
-            )
+        with clock("left_out"):
+            rise_TN, tokens, failures = rises(batch, score_TN, loop.after.loss_T)
         # A difference to the loss without the example has its baseline and its size already. Not finite: there is no such
         # example, or the loop without it exploded.
         rise_TN = torch.where(rise_TN.isfinite() & loop.counts_T.unsqueeze(1), rise_TN, 0.0)
@@ -257,7 +239,7 @@ def _reward(
         return _Reward(advantage_TN, loops, tokens, failures)
     credit_TN, loops, tokens, failures = -loop.by_score_TN, 0, 0, 0
     if writes and o.credit == "uniform":
-        even = _inner_loop(batch, torch.zeros_like(score_TN), "uniform")
+        even = _inner_loop(batch, clock, torch.zeros_like(score_TN), "uniform")
         credit_TN, loops, tokens, failures = -even.by_score_TN, 1, even.after.tokens, even.after.failures
     advantage_TN = outer.credit_advantage(
         credit_TN, valid_TN, torch.ones_like(valid_TN), o.min_spread, o.malformed_penalty

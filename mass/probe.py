@@ -22,7 +22,7 @@ from mass.lora import Adapter
 from mass.practice import Practice, features
 from mass.problems import Task
 from mass.scorer import Scorer
-from mass.setting import Setting
+from mass.setting import Setting, task_batch
 from mass.setting import kit as test_time_kit
 
 # inner.lr times these is tried: three decades, half a decade apart
@@ -233,7 +233,8 @@ def _rate(
         if known_TN.any():
             # a task without a right example stays as it is
             weight_TN = scorer.weights(torch.zeros_like(result.weight_TN), good_TN, 1.0)
-            right.append(credit.update(at, batch, practice, weight_TN, policy, {}).loss_T.mean().item())
+            same = task_batch(at, batch, practice, policy, {}, STEP)
+            right.append(credit.update(same, weight_TN).loss_T.mean().item())
     return Rate(
         lr,
         _mean(before),
@@ -253,8 +254,9 @@ def _leave_one_out(
     for batch, result in zip(batches, made, strict=True):
         practice = result.practice
         uniform_TN = torch.zeros_like(result.weight_TN)
-        change_TN, _ = credit.left_out(setting, batch, practice, uniform_TN, policy, {})
-        dot_TN, _ = credit.one_step(setting, batch, practice, policy)
+        at = task_batch(setting, batch, practice, policy, {}, STEP)
+        change_TN, _ = credit.left_out(at, uniform_TN)
+        dot_TN, _ = credit.one_step(at)
         for t, own in enumerate(practice.valid_TN):
             exact.append(credit.rank_correlation(result.credit_TN[t][own], change_TN[t][own]))
             one_step.append(credit.rank_correlation(dot_TN[t][own], change_TN[t][own]))

@@ -1,4 +1,5 @@
-"""What stays the same over all outer steps of a run, and what follows from it: rates, the engine's products, sampling, the kit."""
+"""What stays the same over all outer steps of a run, and over all inner loops of one; and what follows from it: rates, the engine's
+products, sampling, the kit."""
 
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
@@ -12,11 +13,11 @@ from mass.batch import Packed
 from mass.blocks import Split
 from mass.choices import Kit
 from mass.choices.kit import untrained
-from mass.lora import Adapter
+from mass.lora import Adapter, expand
 from mass.metagrad import Products
 from mass.model import LanguageModel
 from mass.optimizers import Rule
-from mass.practice import Sampling
+from mass.practice import Practice, Sampling
 from mass.problems import Task
 from mass.prompts import Prompts, Shots, pick_shots
 from mass.recipe import Recipe
@@ -41,6 +42,34 @@ class Setting:
     verifier: Verifier
     rule: Rule
     head: Scorer
+
+
+@dataclass(frozen=True)
+class TaskBatch:
+    """What every inner loop of an outer step works on: T tasks with their examples, the solved problems that each is shown with,
+    T adapters to start from [T, ...], a rate for each tensor of them. `step` seeds sampled answers."""
+
+    setting: Setting
+    tasks: Seq[Task]
+    practice: Practice
+    solve_shots: Seq[Seq[tuple[str, str]]]
+    start: Adapter
+    lr: Mapping[str, Tensor]
+    step: int
+
+
+def task_batch(
+    setting: Setting,
+    tasks: Seq[Task],
+    practice: Practice,
+    policy: Adapter,
+    log_lr: Mapping[str, Tensor],
+    step: int,
+) -> TaskBatch:
+    """The batch of examples that are there already, at a policy without task axis and learned rates (or none)."""
+    shots = [own.solve for own in draw_shots(setting, tasks)]
+    start = expand(beginning(setting, policy), len(tasks))
+    return TaskBatch(setting, tasks, practice, shots, start, inner_rates(setting, log_lr, policy), step)
 
 
 def beginning(setting: Setting, policy: Adapter) -> Adapter:

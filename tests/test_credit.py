@@ -20,7 +20,7 @@ from mass.outer_loss import outer_loss
 from mass.practice import Practice, pack_examples
 from mass.problems import Task
 from mass.recipe import load
-from mass.setting import Setting
+from mass.setting import Setting, TaskBatch, task_batch
 from mass.splits import Cursor
 
 ROOT = Path(__file__).parent.parent
@@ -33,6 +33,9 @@ class Made(NamedTuple):
     practice: Practice
     policy: Adapter
     score_TN: Tensor
+
+    def batch(self, practice: Practice | None = None) -> TaskBatch:
+        return task_batch(self.setting, self.tasks, practice or self.practice, self.policy, {}, credit.STEP)
 
 
 @pytest.fixture(scope="module")
@@ -78,12 +81,12 @@ def loss(made: Made, score_TN: Tensor, practice: Practice | None = None) -> Tens
     """Outer loss of each task after the update."""
     practice = practice or made.practice
     weight_TN = scorer.weights(score_TN, practice.valid_TN, made.setting.recipe.scorer.temperature)
-    return credit.update(made.setting, made.tasks, practice, weight_TN, made.policy, {}).loss_T
+    return credit.update(made.batch(practice), weight_TN).loss_T
 
 
 def test_leaving_an_example_out_is_to_fine_tune_without_it(made: Made) -> None:
-    setting, tasks, practice, policy, score_TN = made
-    change_TN, whole = credit.left_out(setting, tasks, practice, score_TN, policy, {})
+    setting, practice, score_TN = made.setting, made.practice, made.score_TN
+    change_TN, whole = credit.left_out(made.batch(), score_TN)
     assert torch.equal(whole.loss_T, loss(made, score_TN))
     assert torch.equal(torch.isnan(change_TN), ~practice.valid_TN) and practice.valid_TN.sum() >= T * N - 3
     for t, i in ((0, 3), (1, 0), (2, 4)):
@@ -91,20 +94,21 @@ def test_leaving_an_example_out_is_to_fine_tune_without_it(made: Made) -> None:
         less = loss(made, score_TN, without(setting, practice, t, i))
         assert change_TN[t, i].item() == pytest.approx((less - whole.loss_T)[t].item(), rel=1e-9)
     # other weights, other truth
-    other_TN, _ = credit.left_out(setting, tasks, practice, torch.zeros_like(score_TN), policy, {})
+    other_TN, _ = credit.left_out(made.batch(), torch.zeros_like(score_TN))
     assert (other_TN - change_TN).nan_to_num().abs().max() > 0.01 * change_TN.nan_to_num().abs().max()
 
 
 def test_a_task_whose_only_example_goes_stays_as_it_was(made: Made) -> None:
-    setting, tasks, practice, policy, score_TN = made
+    practice, score_TN = made.practice, made.score_TN
     for i in range(N - 1):
-        practice = without(setting, practice, 0, i)
+        practice = without(made.setting, practice, 0, i)
     assert practice.valid_TN[0].tolist() == [False] * (N - 1) + [True]
-    change_TN, whole = credit.left_out(setting, tasks, practice, score_TN, policy, {})
-    _, before_T = credit.one_step(setting, tasks, practice, policy)
+    batch = made.batch(practice)
+    change_TN, whole = credit.left_out(batch, score_TN)
+    _, before_T = credit.one_step(batch)
     assert change_TN[0, N - 1].item() == pytest.approx((before_T - whole.loss_T)[0].item(), rel=1e-12)
     # a single example has weight 1 whatever its score
-    smooth = credit.smoothness(setting, tasks, practice, score_TN, policy, {}, whole)
+    smooth = credit.smoothness(batch, score_TN, whole)
     assert smooth.agreement_T[0].isnan() and not smooth.agreement_T[1:].isnan().any()
 
 
@@ -135,7 +139,7 @@ def test_the_one_step_guess_is_a_product_of_two_gradients(made: Made) -> None:
     setting, tasks, practice, policy, _ = made
     start = expand(policy, T)
     before = outer_loss(setting, tasks, [[]] * T, start, credit.STEP, "before")
-    dot_TN, before_T = credit.one_step(setting, tasks, practice, policy)
+    dot_TN, before_T = credit.one_step(made.batch())
     assert torch.equal(before_T, before.loss_T)
     for i in range(N):
 
@@ -148,18 +152,19 @@ def test_the_one_step_guess_is_a_product_of_two_gradients(made: Made) -> None:
 
 
 def test_smoothness_by_hand(made: Made) -> None:
-    setting, tasks, practice, policy, score_TN = made
+    setting, practice, policy, score_TN = made.setting, made.practice, made.policy, made.score_TN
+    batch = made.batch()
     weights = [
         scorer.weights(score_TN, practice.valid_TN, setting.recipe.scorer.temperature),
     ]
-    whole = credit.update(setting, tasks, practice, weights[0], policy, {})
-    found = credit.smoothness(setting, tasks, practice, score_TN, policy, {}, whole, reach=0.2)
-    again = credit.smoothness(setting, tasks, practice, score_TN, policy, {}, whole, reach=0.2)
+    whole = credit.update(batch, weights[0])
+    found = credit.smoothness(batch, score_TN, whole, reach=0.2)
+    again = credit.smoothness(batch, score_TN, whole, reach=0.2)
     assert torch.equal(found.direction_TN, again.direction_TN) and found.direction_TN.std() > 0.5
     for k in (1, 2):
         moved_TN = score_TN + 0.2 * k * found.direction_TN
         weights.append(scorer.weights(moved_TN, practice.valid_TN, setting.recipe.scorer.temperature))
-    at = [credit.update(setting, tasks, practice, w, policy, {}) for w in weights]
+    at = [credit.update(batch, w) for w in weights]
     f = np.stack([x.loss_T.numpy() for x in at])
     A = np.stack([np.concatenate([x.adapter[key].flatten(1).numpy() for key in policy], 1) for x in at])
     assert found.moved_T.numpy() == pytest.approx((f[1] - f[0]) / 0.2)
@@ -174,14 +179,13 @@ def test_what_is_straight_is_smooth_and_what_turns_back_is_not(
     made: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An adapter of two numbers that a kink turns back on one side of the way, for each of the tasks."""
-    setting, tasks, practice, policy, _ = made
     zero_TN = torch.zeros(T, N, dtype=torch.float64)
     seen: list[Tensor] = []
 
-    def update(*arguments: Any) -> After:
+    def update(_: Any, weight_TN: Tensor) -> After:
         """In place of the inner loop: k-th call, the adapter's numbers at k h."""
         k = len(seen)
-        seen.append(arguments[3])
+        seen.append(weight_TN)
         straight, kink = 3.0 * k, -1.0 * min(k, 2 - k)
         place = torch.tensor([[[straight, kink]], [[straight, 0.0]], [[0.0, kink]]], dtype=torch.float64)
         # 2 k: a slope of 20 over h = 0.1; k^2: D goes from 10 to 30
@@ -189,24 +193,22 @@ def test_what_is_straight_is_smooth_and_what_turns_back_is_not(
         return After(loss_T, torch.zeros(T, dtype=torch.bool), {"x": place})
 
     monkeypatch.setattr(credit, "update", update)
-    whole = update(None, None, None, zero_TN)
-    found = credit.smoothness(setting, tasks, practice, zero_TN, policy, {}, whole)
+    batch = made.batch()
+    found = credit.smoothness(batch, zero_TN, update(None, zero_TN))
     # the kink's number ends where it began: d gives it no say, and where it is alone nothing has moved
     assert found.agreement_T[:2].tolist() == [1.0, 1.0] and found.agreement_T[2].isnan()
     assert found.moved_T.tolist() == pytest.approx([20.0, 0.0, 10.0])
     assert found.curvature_T.tolist() == pytest.approx([0.0, 0.0, 200.0])
     assert len(seen) == 3 and all((w.sum(1) - N).abs().max() < 1e-6 for w in seen[1:])
 
-    def turned(*arguments: Any) -> After:
+    def turned(_: Any, weight_TN: Tensor) -> After:
         at = (0.0, 1.0, -2.0)[len(seen)]
-        seen.append(arguments[3])
+        seen.append(weight_TN)
         return After(torch.zeros(T), torch.zeros(T, dtype=torch.bool), {"x": torch.full((T, 1, 1), at)})
 
     seen.clear()
     monkeypatch.setattr(credit, "update", turned)
-    found = credit.smoothness(
-        setting, tasks, practice, zero_TN, policy, {}, turned(None, None, None, zero_TN)
-    )
+    found = credit.smoothness(batch, zero_TN, turned(None, zero_TN))
     assert found.agreement_T.tolist() == [-1.0] * T
 
 

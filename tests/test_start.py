@@ -11,7 +11,7 @@ from tiny import tiny_kit
 from mass import choices, credit
 from mass.choices import Texts
 from mass.methods import solve
-from mass.setting import beginning, kit
+from mass.setting import beginning, kit, task_batch
 
 BASE = ("inner.start=base", "outer.gamma=0")
 
@@ -41,10 +41,12 @@ def test_what_leaving_out_does_is_measured_where_the_loop_starts(monkeypatch: py
     world = make_world(monkeypatch, *SGD, *BASE)
     zero_TN = torch.zeros_like(world.run().weight_TN)
     other = {key: x + 0.1 for key, x in world.policy.items()}
-    arguments = (world.setting, tasks(), world.practice)
-    (one, _), (two, _) = (credit.left_out(*arguments, zero_TN, p, {}) for p in (world.policy, other))
+    batches = [
+        task_batch(world.setting, tasks(), world.practice, p, {}, credit.STEP) for p in (world.policy, other)
+    ]
+    (one, _), (two, _) = (credit.left_out(batch, zero_TN) for batch in batches)
     assert torch.equal(one, two) and one.abs().max() > 0
-    dots = [credit.one_step(*arguments, p)[0] for p in (world.policy, other)]
+    dots = [credit.one_step(batch)[0] for batch in batches]
     assert torch.equal(*dots)
 
 
