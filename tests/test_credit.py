@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
+from steps import SGD, make_world, tasks
 from tiny import ExactRMSNorm
 from torch import Tensor
 
@@ -149,6 +150,18 @@ def test_the_one_step_guess_is_a_product_of_two_gradients(made: Made) -> None:
         grad = loss_and_grad(setting.lm.hf, setting.lm.lora, practice.packed, start, own)[2]
         want_T = torch.stack([(grad[key] * before.grad[key]).flatten(1).sum(1) for key in grad]).sum(0)
         torch.testing.assert_close(dot_TN[:, i], want_T, rtol=1e-9, atol=1e-12)
+
+
+def test_the_credit_is_measured_with_the_shots_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = make_world(monkeypatch, *SGD, "prompt.solve_shots=2")
+    targets = tasks()
+    pool = [replace(task, problem=replace(task.problem, id=f"shot {i}")) for i, task in enumerate(targets)]
+    world = replace(world, setting=replace(world.setting, pool=pool))
+    batch = task_batch(world.setting, targets, world.practice, world.policy, {}, credit.STEP)
+    before = world.run(practice=world.practice).metrics["meta/loss_before"]
+    assert credit.one_step(batch)[1].mean().item() == pytest.approx(before, rel=1e-9)
+    bare = replace(batch, solve_shots=[[] for _ in targets])
+    assert credit.one_step(bare)[1].mean().item() != pytest.approx(before, rel=1e-3)
 
 
 def test_smoothness_by_hand(made: Made) -> None:
