@@ -43,6 +43,12 @@ class Arm:
         """The name of its file of answers."""
         return file_of(self.name)
 
+    @property
+    def weights(self) -> str:
+        """What answers, for a report: the step of a run, a PEFT folder, or a bare model."""
+        trained = None if self.bare else self.plan.step or self.plan.peft
+        return str(trained or self.plan.recipe.model.path)
+
     def kit(self, whole: Kit) -> Kit:
         """What it works with, out of all that its plan loads."""
         if not self.bare:

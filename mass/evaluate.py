@@ -169,6 +169,7 @@ def _run(args: argparse.Namespace, words: Sequence[str]) -> dict[str, Any] | Non
         "command": ["mass-eval", *words],
         "seed": wanted.recipe.run.seed,
         "versions": _versions(),
+        "weights": {arm.name: arm.weights for arm in chosen},
         "problems": len(problems.tasks),
         "left_out": problems.left_out,
         "repeated": problems.repeated,

@@ -49,6 +49,7 @@ def pooled(folders: Sequence[Path]) -> dict[str, Any]:
     return {
         "seed": ", ".join(dict.fromkeys(str(other["seed"]) for other in found)),
         "versions": _versions(found),
+        "weights": {name: _joined(found, "weights", name) for name in names},
         "problems": len(ids[names[0]]),
         "left_out": sum(other["left_out"] for other in found),
         "repeated": sum(other["repeated"] for other in found),
@@ -105,7 +106,9 @@ def _labels(folders: Sequence[Path]) -> list[str]:
 
 def _versions(found: Sequence[dict[str, Any]]) -> dict[str, str]:
     names = dict.fromkeys(name for other in found for name in other["versions"])
-    return {
-        name: " or ".join(dict.fromkeys(other["versions"].get(name, "none") for other in found))
-        for name in names
-    }
+    return {name: _joined(found, "versions", name) for name in names}
+
+
+def _joined(found: Sequence[dict[str, Any]], key: str, name: str) -> str:
+    """What the reports have under `key` for `name`; those of an earlier version may not have it."""
+    return " or ".join(dict.fromkeys(other.get(key, {}).get(name, "none") for other in found))

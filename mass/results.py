@@ -33,6 +33,9 @@ NOTES = (
     "token, 6 x weights for each trained one; prompts that are only read, and the scorer's reading, are not in it.",
     "Seconds: wall time of a batch over its problems, without loading the model and without verifying; problems a minute is its "
     "inverse. Copies: self-made examples that repeat the target; they are invalid and never trained on.",
+    "State the target's answer: valid examples with the target's reference among their words and numbers (short answers stand there "
+    "by chance, too), and the accuracy on problems with such an example and without. Problems that are easy for the writer are "
+    "easy for the update as well: a difference need not come from these examples.",
     "AUC: chance that an example that is right and of the target's family outweighs another of its task.",
 )
 CREDIT_NOTES = (
@@ -163,6 +166,9 @@ def _examples(results: Mapping[str, Any]) -> Cells:
         "examples",
         "valid",
         "copies",
+        "state the target's answer",
+        "right with such a one",
+        "right without",
         "right, of the family",
         "AUC of the weights",
         "honest checks",
@@ -172,12 +178,14 @@ def _examples(results: Mapping[str, Any]) -> Cells:
         if arm["examples"]:
             t = arm["truth"] or {}
             known = [t.get("good"), t.get("auc"), t.get("honest")]
+            s, P = arm["states_answer"], arm["problems"]
             rows.append(
-                [arm["arm"], str(arm["examples"]), str(arm["valid"]), str(arm["copies"])]
+                [arm["arm"], str(arm["examples"]), str(arm["valid"]), str(arm["copies"]), str(s["examples"])]
+                + [_of(s["right"], s["problems"]), _of(s["right_others"], P - s["problems"])]
                 + ["-" if x is None else f"{x:.3f}" for x in known]
             )
     # where nothing is known of any example there is nothing to head
-    used = [i for i in range(len(heads)) if i < 4 or any(row[i] != "-" for row in rows)]
+    used = [i for i in range(len(heads)) if i < 5 or any(row[i] != "-" for row in rows)]
     return "Examples", [heads[i] for i in used], [[row[i] for i in used] for row in rows]
 
 
@@ -220,6 +228,10 @@ def _number(x: float | None) -> str:
     return "-" if x is None else f"{x:.3f}"
 
 
+def _of(right: int, problems: int) -> str:
+    return f"{right / problems:.3f} of {problems}" if problems else "-"
+
+
 def _between(interval: Sequence[float] | None, sign: str = "") -> str:
     return "" if interval is None else f"\n[{interval[0]:{sign}.3f}, {interval[1]:{sign}.3f}]"
 
@@ -256,6 +268,7 @@ def _about(results: Mapping[str, Any]) -> str:
         of_arms = [
             f"{copies} self-made examples copied their target and were not used",
             f"{len(results['comparisons'])} comparisons",
+            f"weights: {', '.join(dict.fromkeys(results['weights'].values()))}",
         ]
     return "; ".join(
         [f"{results['problems']} problems ({left})", *of_arms, f"run.seed {results['seed']}", versions]

@@ -4,6 +4,7 @@ Takes the files of answers alone, so that a table can be made again without any 
 """
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -25,11 +26,12 @@ def results(files: Mapping[str, Iterable[Mapping[str, Any]]], trained: Sequence[
     `trained`: sources that have training problems. A problem is right when its verifier gives the full score; one
     without an answer or without a verdict is not.
     """
-    arms, right = [], {}
+    arms, right, states = [], {}, {}
     source_P: list[str] = []
     for name, rows in files.items():
-        arm, right[name], source_P = _arm(name, rows)
+        arm, right[name], states[name], source_P = _arm(name, rows)
         arms.append(arm)
+    written = [arm["arm"] for arm in arms if arm["examples"]]
     return {
         "arms": arms,
         "comparisons": _comparisons(right),
@@ -38,17 +40,20 @@ def results(files: Mapping[str, Iterable[Mapping[str, Any]]], trained: Sequence[
                 "source": source,
                 "trained": source in trained,
                 "problems": count,
-                "right": {
-                    name: int(right_P[[x == source for x in source_P]].sum())
-                    for name, right_P in right.items()
+                "right": {name: int(right_P[of_source].sum()) for name, right_P in right.items()},
+                "states_answer": {
+                    name: _states_answer(states[name][of_source], right[name][of_source]) for name in written
                 },
             }
             for source, count in sorted(Counter(source_P).items(), key=lambda x: (-x[1], x[0]))
+            for of_source in [np.array([x == source for x in source_P], bool)]
         ],
     }
 
 
-def _arm(name: str, rows: Iterable[Mapping[str, Any]]) -> tuple[dict[str, Any], np.ndarray, list[str]]:
+def _arm(
+    name: str, rows: Iterable[Mapping[str, Any]]
+) -> tuple[dict[str, Any], np.ndarray, np.ndarray, list[str]]:
     right: list[bool] = []
     sources: list[str] = []
     tries: list[tuple[int, int]] = []
@@ -59,6 +64,7 @@ def _arm(name: str, rows: Iterable[Mapping[str, Any]]) -> tuple[dict[str, Any], 
     won = 0.0
     good: list[float] = []
     other: list[float] = []
+    states: list[int] = []
     for row in rows:
         right.append(row["score"] == 1.0)
         sources.append(row["source"])
@@ -77,6 +83,7 @@ def _arm(name: str, rows: Iterable[Mapping[str, Any]]) -> tuple[dict[str, Any], 
         count["examples"] += len(row["examples"])
         count["valid"] += reasons[""]
         count["copies"] += reasons["copy"]
+        states.append(_stating(row["reference"], row["examples"]))
         known = [
             (e["weight"], x)
             for e, x in zip(row["examples"], row["truth"], strict=True)
@@ -94,7 +101,7 @@ def _arm(name: str, rows: Iterable[Mapping[str, Any]]) -> tuple[dict[str, Any], 
         count["checks"] += sum(x[2] is not None for _, x in known)
         count["honest"] += sum(x[2] is True for _, x in known)
     P = len(right)
-    right_P = np.array(right, bool)
+    right_P, states_P = np.array(right, bool), np.array(states, int)
     seconds = sum(total[part] for part in SECONDS) / P
     known_count = len(good) + len(other)
     arm = {
@@ -114,6 +121,7 @@ def _arm(name: str, rows: Iterable[Mapping[str, Any]]) -> tuple[dict[str, Any], 
         "seconds": seconds,
         "parts": {part: total[part] / P for part in SECONDS},
         "per_minute": 60 / seconds if seconds else None,
+        "states_answer": _states_answer(states_P, right_P) if count["examples"] else None,
         "truth": {
             "known": known_count,
             "good": len(good) / known_count,
@@ -124,7 +132,25 @@ def _arm(name: str, rows: Iterable[Mapping[str, Any]]) -> tuple[dict[str, Any], 
         if known_count
         else None,
     }
-    return arm, right_P, sources
+    return arm, right_P, states_P, sources
+
+
+def _stating(reference: str, examples: Iterable[Mapping[str, Any]]) -> int:
+    """How many valid examples have the target's reference in their problem or solution, as words or numbers of their own."""
+    word = re.compile(rf"(?<![\w.,-]){re.escape(reference.strip())}(?!\w|[.,]\d)", re.IGNORECASE)
+    return sum(bool(word.search(f"{e['problem']}\n{e['solution']}")) for e in examples if e["valid"])
+
+
+def _states_answer(states_P: np.ndarray, right_P: np.ndarray) -> dict[str, Any]:
+    """Valid `examples` that state their target's answer, `problems` with such a one, and how many of these (`right`) and
+    of the others (`right_others`) are answered rightly."""
+    one_P = states_P > 0
+    return {
+        "examples": int(states_P.sum()),
+        "problems": int(one_P.sum()),
+        "right": int(right_P[one_P].sum()),
+        "right_others": int(right_P[~one_P].sum()),
+    }
 
 
 def _tries(of: Sequence[tuple[int, int]]) -> dict[str, Any] | None:

@@ -203,7 +203,8 @@ class Links(HTMLParser):
                 self.links.append(str(value))
 
 
-def test_the_report_has_the_numbers_of_the_rows_and_loads_nothing(done: Path) -> None:
+def test_the_report_has_the_numbers_of_the_rows_and_loads_nothing(run: Path, done: Path) -> None:
+    step = plan(str(run), None).step
     found = json.loads((done / "results.json").read_text())
     names = ARMS.split(",")
     assert [arm["arm"] for arm in found["arms"]] == names and found["problems"] == COUNT
@@ -220,7 +221,10 @@ def test_the_report_has_the_numbers_of_the_rows_and_loads_nothing(done: Path) ->
     # vote and quest are compared with the rivals before them, the three others with all
     assert len(found["comparisons"]) == 1 + 2 + 3 * 3
     assert found["versions"]["torch"] == torch.__version__ and "--methods" in found["command"]
+    answered = {name: str(step) for name in names} | {"base:quest": str(DATA / "families")}
+    assert found["weights"] == answered
     markdown = (done / "results.md").read_text()
+    assert f"weights: {step}, {DATA / 'families'};" in markdown
     assert f"| mass[inner.steps=1] | {found['arms'][4]['accuracy']:.3f} [" in markdown
 
     page = (done / "results.html").read_text()

@@ -33,6 +33,7 @@ def row(i: int, score: int) -> dict[str, Any]:
         "examples": [],
         "truth": [],
         "tries": [],
+        "reference": "12",
     }
 
 
@@ -46,6 +47,7 @@ def save(folder: Path, seed: int, names: tuple[str, ...], right: Any, trained: l
         "command": ["mass-eval", "--run", f"checkpoints/{folder.name}"],
         "seed": seed,
         "versions": {"mass": "1", "torch": f"2.{seed // 2}"},
+        "weights": {name: f"checkpoints/{folder.name}/step_000001" for name in names},
         "problems": len(right[0]),
         "left_out": seed,
         "repeated": 1,
@@ -104,6 +106,8 @@ def test_the_spread_over_seeds(folders: list[Path]) -> None:
     assert mass["mean"] == pytest.approx(sum(shares) / 3)
     assert mass["deviation"] == pytest.approx(statistics.stdev(shares)) and 0.14 < mass["deviation"] < 0.15
     assert found["seed"] == "0, 1, 2" and found["versions"] == {"mass": "1", "torch": "2.0 or 2.1"}
+    trained = " or ".join(f"checkpoints/seed-{i}/step_000001" for i in range(3))
+    assert found["weights"] == dict.fromkeys(ARMS[::-1], trained)
     title, heads, cells = results.tables(found)[1]
     assert title == "Accuracy by training seed"
     assert heads == ["arm", "seed-0", "seed-1", "seed-2", "mean", "standard deviation"]
@@ -117,7 +121,12 @@ def test_the_command_writes_one_report(
     words = ["--pool", *map(str, folders), "--out", str(out)]
     assert evaluate.main(words) == 0
     said = " ".join(capsys.readouterr().out.split())
-    for part in ("10 problems", "Accuracy by training seed", "run.seed 0, 1, 2;"):
+    for part in (
+        "10 problems",
+        "Accuracy by training seed",
+        "run.seed 0, 1, 2;",
+        "checkpoints/seed-1/step_000001",
+    ):
         assert part in said
     found = json.loads((out / "results.json").read_text())
     assert found["command"] == ["mass-eval", *words] and found["seeds"] == pool.pooled(folders)["seeds"]

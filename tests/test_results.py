@@ -10,7 +10,7 @@ from mass import results, tally
 def test_names_and_sources_are_text_in_the_report(tmp_path: Path) -> None:
     evil = "<script>alert(1)</script>|$x_1$"
     found = tally.results({evil: [row(1.0, evil), row(0.0, "b")], "none": [row(0.0, evil), row(0.0, "b")]})
-    found |= {"command": ["mass-eval", evil], "seed": 0, "versions": {}, "problems": 2, "left_out": 0, "repeated": 0}  # fmt: skip
+    found |= {"command": ["mass-eval", evil], "seed": 0, "versions": {}, "weights": {"none": evil}, "problems": 2, "left_out": 0, "repeated": 0}  # fmt: skip
     results.write(tmp_path, found)
     page = (tmp_path / "results.html").read_text()
     assert "<script" not in page and page.count("&lt;script&gt;") > 5 and "$x_1$" in page

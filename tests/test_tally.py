@@ -20,12 +20,19 @@ def row(score: float | None, source: str = "a", **more: Any) -> dict[str, Any]:
         "examples": [],
         "truth": [],
         "tries": [],
+        "reference": "12",
     } | more
 
 
 def test_a_table_from_rows_counted_by_hand() -> None:
     def example(weight: float | None, reason: str = "") -> dict[str, Any]:
-        return {"weight": weight, "reason": reason}
+        return {
+            "weight": weight,
+            "reason": reason,
+            "valid": not reason,
+            "problem": "1 + 1",
+            "solution": "Answer: 2",
+        }
 
     first = row(1.0, examples=[example(w) for w in (2.0, 1.0, 1.0, 0.0)] + [example(0.0, "copy")],
                 truth=[[True, True, True], [False, True, True], [True, True, False], [True, False, None], None])  # fmt: skip
@@ -66,10 +73,9 @@ def test_a_table_from_rows_counted_by_hand() -> None:
     assert mass["truth"]["auc"] == pytest.approx(won / 5) == pytest.approx(3.5 / 5)
     assert (mass["truth"]["known"], mass["truth"]["good"], mass["truth"]["honest"]) == (6, 0.5, 0.6)
     assert sum(mass["truth"]["weights_good"]) == 3 == sum(mass["truth"]["weights_other"])
-    assert found["sources"] == [
-        {"source": "a", "trained": True, "problems": 2, "right": {"none": 1, "vote": 1, "mass": 1}},
-        {"source": "b", "trained": False, "problems": 2, "right": {"none": 0, "vote": 1, "mass": 2}},
-    ]
+    a, b = ({key: x for key, x in of.items() if key != "states_answer"} for of in found["sources"])
+    assert a == {"source": "a", "trained": True, "problems": 2, "right": {"none": 1, "vote": 1, "mass": 1}}
+    assert b == {"source": "b", "trained": False, "problems": 2, "right": {"none": 0, "vote": 1, "mass": 2}}
     pairs = found["comparisons"]
     assert [(x["arm"], x["against"]) for x in pairs] == [
         ("vote", "none"),
@@ -78,3 +84,25 @@ def test_a_table_from_rows_counted_by_hand() -> None:
     ]
     assert [(x["won"], x["lost"], x["p"]) for x in pairs] == [(1, 0, 1.0), (3, 1, 0.625), (2, 1, 1.0)]
     assert [x["p_holm"] for x in pairs] == compare.holm([x["p"] for x in pairs])
+
+
+def test_examples_that_state_the_answer_of_their_target() -> None:
+    def rows(reference: str, *texts: str, score: float = 0.0, source: str = "a") -> dict[str, Any]:
+        made = [
+            {"weight": 1.0, "reason": "", "valid": True, "problem": x, "solution": "So: ..."} for x in texts
+        ]
+        return row(score, source, reference=reference, examples=made, truth=[None] * len(made))
+
+    right = rows("82", "9 + 73 = 82", "82", "(82) apples", "It is 82.", score=1.0)
+    other = rows("82", "182", "820", "82.5", "8,282", "-82", "82,000", "x82", "4.82")
+    wrong = rows("-4", "2 - 6 = -4", "10-4")
+    words = rows("a+ (b)", "A+ (B)", "a+ (b)c", source="b", score=1.0)
+    found = tally.results({"none": [row(0.0)] * 4, "mass": [right, other, wrong, words]})
+    none, mass = found["arms"]
+    assert none["states_answer"] is None
+    assert mass["states_answer"] == {"examples": 6, "problems": 3, "right": 2, "right_others": 0}
+    a, b = (x["states_answer"] for x in found["sources"])
+    assert a == {"mass": {"examples": 5, "problems": 2, "right": 1, "right_others": 0}}
+    assert b == {"mass": {"examples": 1, "problems": 1, "right": 1, "right_others": 0}}
+    other["examples"][0] |= {"problem": "82", "valid": False, "reason": "copy"}
+    assert tally.results({"mass": [other]})["arms"][0]["states_answer"]["examples"] == 0
