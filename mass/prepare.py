@@ -115,6 +115,7 @@ def _choose(
     examples, answers, policy = _longest(recipe, lm, prompts, pool)
     chosen: list[Any] = [None]
     if world.main:
+        print("planning memory for meta_gradient.mode=auto (ten seconds or so)", flush=True)
         chosen[0] = memory.choose(
             lm.hf,
             parts,

@@ -68,9 +68,7 @@ def _train(recipe: Recipe, world: World, watch: Watchdog) -> None:
     train_tasks, heldout, pool = tasks_of(recipe)
     saved_engine = checkpoint.read_meta(run.start)["extra"]["engine"] if run.start else None
     if world.main:
-        plans = recipe.meta_gradient.mode == "auto" and recipe.inner.steps and saved_engine is None
-        then = ", then planning memory for meta_gradient.mode=auto (ten seconds or so)" if plans else ""
-        print(f"loading {recipe.model.path}{then}", flush=True)
+        print(f"loading {recipe.model.path}", flush=True)
     setting, fingerprint = make_setting(recipe, world, pool, saved_engine)
     policy_shape = setting.lm.shape
     assert policy_shape is not None

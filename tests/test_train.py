@@ -79,7 +79,7 @@ def test_mass_train_runs_smoke_to_the_end(tmp_path: Path) -> None:
     done = type_in(command("mass-train", "recipes/smoke.yaml", f"run.folder={tmp_path}"))
     assert done.returncode == 0, done.stderr[-3000:]
     is_run_folder(tmp_path / "smoke", [1, 2, 3])
-    assert done.stdout.startswith("loading tiny:llama, then planning memory")
+    assert done.stdout.startswith("loading tiny:llama\nplanning memory")
     assert "step 3/3" in done.stdout and f"done: {tmp_path}/smoke" in done.stdout
     assert "Traceback" not in done.stderr
     log = log_of(tmp_path / "smoke")
