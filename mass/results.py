@@ -29,6 +29,8 @@ NOTES = (
     "Votes: what the tries of a vote come to by other rules. Row by row: each row of the answer by its own majority; one for all "
     "rows: one vote on the method of a planted world, for all rows together; most generous: right by the whole answer or one "
     "of these, every tie going to the truth. They are in no comparison.",
+    "No answer: problems whose text states no answer that can be read. Where they are many, accuracy says as much about the form of "
+    "answers as about what they say.",
     "Tokens: generated plus trained (a trained token counts once for each inner step). FLOPs: 2 x weights for each generated "
     "token, 6 x weights for each trained one; prompts that are only read, and the scorer's reading, are not in it.",
     "Seconds: wall time of a batch over its problems, without loading the model and without verifying; problems a minute is its "
@@ -131,6 +133,8 @@ def _main(results: Mapping[str, Any]) -> Cells:
         "FLOPs",
         "problems/min",
     ]
+    silent = any(arm["no_answer"] for arm in arms)
+    heads += ["no answer"] if silent else []
     failed = any(arm["errors"] or arm["unverified"] for arm in arms)
     heads += ["failed"] if failed else []
     rows = []
@@ -141,6 +145,7 @@ def _main(results: Mapping[str, Any]) -> Cells:
         cells += [_voted(arm.get("vote_rules"))] if rules else []
         minute = "-" if arm["per_minute"] is None else f"{arm['per_minute']:.1f}"
         cells += [f"{arm['tokens']:.0f}", f"{arm['seconds']:.3f}", f"{arm['flops']:.2e}", minute]
+        cells += [str(arm["no_answer"])] if silent else []
         cells += [str(arm["errors"] + arm["unverified"])] if failed else []
         rows.append(cells)
     return f"{results['problems']} problems", heads, rows

@@ -15,3 +15,13 @@ def test_names_and_sources_are_text_in_the_report(tmp_path: Path) -> None:
     page = (tmp_path / "results.html").read_text()
     assert "<script" not in page and page.count("&lt;script&gt;") > 5 and "$x_1$" in page
     assert "<script>alert(1)</script>\\|$x_1$ | 0.500" in (tmp_path / "results.md").read_text()
+
+
+def test_answers_that_cannot_be_read_have_a_column_where_there_are_some() -> None:
+    def column(**arms: list[str | None]) -> list[str] | None:
+        rows = {name: [row(0.0, answer=answer) for answer in answers] for name, answers in arms.items()}
+        _, heads, cells = results.tables(tally.results(rows) | {"problems": 2})[0]
+        return [own[heads.index("no answer")] for own in cells] if "no answer" in heads else None
+
+    assert column(none=[None, "1"], quest=["1", "2"], vote=[None, None]) == ["1", "0", "2"]
+    assert column(none=["1", "2"]) is None
