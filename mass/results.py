@@ -183,14 +183,13 @@ def _examples(results: Mapping[str, Any]) -> Cells:
         if arm["examples"]:
             t = arm["truth"] or {}
             known = [t.get("good"), t.get("auc"), t.get("honest")]
-            s, P = arm["states_answer"], arm["problems"]
             rows.append(
-                [arm["arm"], str(arm["examples"]), str(arm["valid"]), str(arm["copies"]), str(s["examples"])]
-                + [_of(s["right"], s["problems"]), _of(s["right_others"], P - s["problems"])]
+                [arm["arm"], str(arm["examples"]), str(arm["valid"]), str(arm["copies"])]
+                + _states_answer(arm)
                 + ["-" if x is None else f"{x:.3f}" for x in known]
             )
     # where nothing is known of any example there is nothing to head
-    used = [i for i in range(len(heads)) if i < 5 or any(row[i] != "-" for row in rows)]
+    used = [i for i in range(len(heads)) if i < 4 or any(row[i] != "-" for row in rows)]
     return "Examples", [heads[i] for i in used], [[row[i] for i in used] for row in rows]
 
 
@@ -231,6 +230,14 @@ def _mean(x: Mapping[str, Any] | None) -> str:
 
 def _number(x: float | None) -> str:
     return "-" if x is None else f"{x:.3f}"
+
+
+def _states_answer(arm: Mapping[str, Any]) -> list[str]:
+    s = arm["states_answer"]
+    if s is None:
+        return ["-"] * 3
+    others = arm["problems"] - s["problems"]
+    return [str(s["examples"]), _of(s["right"], s["problems"]), _of(s["right_others"], others)]
 
 
 def _of(right: int, problems: int) -> str:

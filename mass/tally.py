@@ -31,7 +31,7 @@ def results(files: Mapping[str, Iterable[Mapping[str, Any]]], trained: Sequence[
     for name, rows in files.items():
         arm, right[name], states[name], source_P = _arm(name, rows)
         arms.append(arm)
-    written = [arm["arm"] for arm in arms if arm["examples"]]
+    written = [arm["arm"] for arm in arms if arm["states_answer"]]
     return {
         "arms": arms,
         "comparisons": _comparisons(right),
@@ -121,7 +121,10 @@ def _arm(
         "seconds": seconds,
         "parts": {part: total[part] / P for part in SECONDS},
         "per_minute": 60 / seconds if seconds else None,
-        "states_answer": _states_answer(states_P, right_P) if count["examples"] else None,
+        # a try that states the answer is a right one, and no practice
+        "states_answer": _states_answer(states_P, right_P)
+        if count["examples"] and not any(n for n, _ in tries)
+        else None,
         "truth": {
             "known": known_count,
             "good": len(good) / known_count,

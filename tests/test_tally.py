@@ -100,6 +100,9 @@ def test_examples_that_state_the_answer_of_their_target() -> None:
     found = tally.results({"none": [row(0.0)] * 4, "mass": [right, other, wrong, words]})
     none, mass = found["arms"]
     assert none["states_answer"] is None
+    # tries are answers of its own, and no practice
+    tries = tally.results({"vote": [right | {"tries": [1.0] * 4}]})
+    assert tries["arms"][0]["states_answer"] is None and tries["sources"][0]["states_answer"] == {}
     assert mass["states_answer"] == {"examples": 6, "problems": 3, "right": 2, "right_others": 0}
     a, b = (x["states_answer"] for x in found["sources"])
     assert a == {"mass": {"examples": 5, "problems": 2, "right": 1, "right_others": 0}}
