@@ -133,6 +133,13 @@ def of_block(parts: Split, i: int, adapter: Mapping[str, Tensor]) -> Adapter:
     return {key: tensor for key, tensor in adapter.items() if key.startswith(parts.prefix[i])}
 
 
+def lowest(parts: Split) -> int:
+    """The first block with a layer that can have an adapter: what lies below it has no gradient."""
+    return next(
+        (i for i, p in enumerate(parts.prefix) if any(name.startswith(p) for name in parts.layers)), 0
+    )
+
+
 def tiled(packed: Packed) -> Tiled:
     """A context in which attention over this batch leaves out what no sequence sees, by the usual kernels."""
     return Tiled(packed.tiles, written_out=False)

@@ -102,6 +102,12 @@ def _parser() -> argparse.ArgumentParser:
         help="put together what calls with these --out folders found, one a training seed; nothing is answered",
     )
     parser.add_argument(
+        "--count",
+        choices=tally.COUNTS,
+        default=tally.COUNTS[0],
+        help="when an answer is right: what its text states is (%(default)s), or the last number in the text is, in whatever form",
+    )
+    parser.add_argument(
         "--credit",
         type=int,
         metavar="N",
@@ -173,7 +179,7 @@ def _run(args: argparse.Namespace, words: Sequence[str]) -> dict[str, Any] | Non
         "problems": len(problems.tasks),
         "left_out": problems.left_out,
         "repeated": problems.repeated,
-        **tally.results(rows, problems.trained),
+        **tally.results(rows, problems.trained, args.count),
         "credit": attribution.summary(credit) if credit else None,
         "learning": curves.read(wanted.step) if wanted.step else {},
     }
@@ -192,7 +198,7 @@ def _pool(args: argparse.Namespace, words: Sequence[str]) -> dict[str, Any]:
     if args.out is None:
         raise MassError("--pool wants a folder of its own for the report: --out FOLDER")
     folder = _usable_folder(Path(args.out), args.resume)
-    found = {"command": ["mass-eval", *words], **pool.pooled([Path(name) for name in args.pool])}
+    found = {"command": ["mass-eval", *words], **pool.pooled([Path(name) for name in args.pool], args.count)}
     folder.mkdir(parents=True, exist_ok=True)
     return _written(folder, found)
 

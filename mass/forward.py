@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mass.batch import Packed
-from mass.blocks import Split, enter, model_inputs, of_block, run_block, tiled
+from mass.blocks import Split, enter, lowest, model_inputs, of_block, run_block, tiled
 from mass.blocks import second_order as second_order_ops
 from mass.errors import MassError
 from mass.lora import Adapter, Layers, using
@@ -270,12 +270,14 @@ def _blockwise(
 ) -> tuple[Tensor, Tensor, Adapter]:
     call = enter(parts, packed)
     adapter = {key: tensor.detach() for key, tensor in adapter.items()}
+    first = lowest(parts)
     kept = []
     hidden = call.hidden_BSD
     tile = tiled(packed)
     with torch.no_grad():
         for i in range(len(parts.blocks)):
-            kept.append(hidden)
+            if i >= first:
+                kept.append(hidden)
             with tile:
                 hidden = run_block(parts, call, i, hidden, of_block(parts, i, adapter))
     with torch.enable_grad():
@@ -288,19 +290,19 @@ def _blockwise(
         (back,) = torch.autograd.grad(rows_MD, last, back_MD)
     del last, rows_MD, back_MD, jacobians, hidden
     grads: Adapter = {}
-    for i in reversed(range(len(parts.blocks))):
+    for i in reversed(range(first, len(parts.blocks))):
         inputs = {key: tensor.requires_grad_() for key, tensor in of_block(parts, i, adapter).items()}
         with torch.enable_grad():
-            hidden = kept.pop().detach().requires_grad_(i > 0)
+            hidden = kept.pop().detach().requires_grad_(i > first)
             with tile:
                 out = run_block(parts, call, i, hidden, inputs)
-            wanted = [*inputs.values(), *([hidden] if i > 0 else [])]
+            wanted = [*inputs.values(), *([hidden] if i > first else [])]
             got = (
                 torch.autograd.grad(out, wanted, back, allow_unused=True, materialize_grads=True)
                 if wanted
                 else ()
             )
         grads |= dict(zip(inputs, got, strict=False))
-        back = got[-1] if i > 0 else back
+        back = got[-1] if i > first else back
         del out, hidden
     return value.detach(), values[0].detach(), {key: grads[key].detach() for key in adapter}

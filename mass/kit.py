@@ -160,7 +160,11 @@ def build_kit(plan: Plan, loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase
     # before the slots change the parameters' names
     print_of = checkpoint.fingerprint(hf.named_parameters()) if plan.step else None
     folder = plan.step / "policy" if plan.step else plan.peft
-    shape = read_peft_shape(folder) if folder else LoraShape(r.lora.rank, r.lora.alpha, tuple(r.lora.targets))
+    shape = (
+        read_peft_shape(folder)
+        if folder
+        else LoraShape(r.lora.rank, r.lora.alpha, tuple(r.lora.targets), r.lora.last)
+    )
     lm = LanguageModel(hf, tokenizer, attach(hf, shape), shape, m.path)
     policy, head, saved_rates = None, None, {}
     if plan.step:

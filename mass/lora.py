@@ -68,11 +68,12 @@ Layers = dict[str, LoraLinear]
 
 @dataclass(frozen=True)
 class LoraShape:
-    """What PEFT's `adapter_config.json` says of an adapter's shape."""
+    """What PEFT's `adapter_config.json` says of an adapter's shape. `last`: only the last so many decoder blocks have one."""
 
     rank: int
     alpha: float
     targets: tuple[str, ...]
+    last: int | None = None
 
     @property
     def scale(self) -> float:
@@ -83,7 +84,7 @@ def attach(hf: PreTrainedModel, shape: LoraShape) -> Layers:
     """Put LoRA slots on the linear layers whose name ends in one of the targets; the head is never one of them.
 
     `all-linear` names every linear layer but the output head. Returns name -> layer in the model's order. Raises
-    MassError when a target matches nothing. A model takes one set of slots only.
+    MassError when a target matches nothing, or for more blocks than there are. A model takes one set of slots only.
     """
     head = hf.get_output_embeddings()
     linears = {name: m for name, m in hf.named_modules() if isinstance(m, nn.Linear) and m is not head}
@@ -99,13 +100,27 @@ def attach(hf: PreTrainedModel, shape: LoraShape) -> Layers:
             raise MassError(
                 f"lora.targets: no linear layer is named {target!r}. This model has: {', '.join(kinds)}"
             )
+    among = "" if shape.last is None else _last_blocks(hf, shape.last)
     layers: Layers = {}
     for name, linear in linears.items():
-        if any(hit(name, target) for target in shape.targets):
+        if name.startswith(among) and any(hit(name, target) for target in shape.targets):
             parent = hf.get_submodule(name.rpartition(".")[0])
             layers[name] = LoraLinear(linear, shape.scale)
             setattr(parent, name.rpartition(".")[2], layers[name])
     return layers
+
+
+def _last_blocks(hf: PreTrainedModel, last: int) -> tuple[str, ...]:
+    """What the names of everything in the last `last` decoder blocks begin with."""
+    count = getattr(hf.config.get_text_config(), "num_hidden_layers", 0)
+    lists = [name for name, m in hf.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    if not lists:
+        raise MassError(
+            f"lora.last: {type(hf).__name__} has no list of decoder blocks; name layers in lora.targets"
+        )
+    if last > count:
+        raise MassError(f"lora.last={last}: this model has {count} decoder blocks")
+    return tuple(f"{lists[0]}.{i}." for i in range(count - last, count))
 
 
 def detach(hf: PreTrainedModel, layers: Layers) -> None:
@@ -217,24 +232,16 @@ def read_peft_shape(folder: Path) -> LoraShape:
     if config.get("use_rslora"):
         alpha *= math.sqrt(rank)
     targets = config["target_modules"]
+    if config.get("layers_to_transform") is not None:
+        # which layers those are is written in the names of the tensors
+        targets = sorted({key.rpartition(".")[0] for key in _tensors(folder, "cpu")})
     return LoraShape(rank, alpha, (targets,) if isinstance(targets, str) else tuple(sorted(targets)))
 
 
 def load_peft(folder: Path, layers: Layers, device: torch.device | str = "cpu") -> Adapter:
     """Read the adapter (without task axis, fp32) of a PEFT folder and hold it against the layers it must fit."""
     path = folder / "adapter_model.safetensors"
-    if not path.exists():
-        raise MassError(
-            f"{folder}: no adapter_model.safetensors (pickled adapter_model.bin files are not read)"
-        )
-    adapter: Adapter = {}
-    try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            for key in file.keys():  # noqa: SIM118 (safe_open is no dict)
-                name, _, kind = key.removeprefix(PEFT_PREFIX).removesuffix(".weight").rpartition(".lora_")
-                adapter[f"{name}.{kind}"] = file.get_tensor(key).float()
-    except SafetensorError as error:
-        raise MassError(f"{path} is damaged ({error}): save or download the adapter again") from None
+    adapter = _tensors(folder, device)
     wanted: dict[str, tuple[int, int]] = {}
     for name, layer in layers.items():
         out, width = layer.weight.shape
@@ -254,3 +261,21 @@ def load_peft(folder: Path, layers: Layers, device: torch.device | str = "cpu") 
         if ranks[0] != ranks[1]:
             raise MassError(f"{path}: {name} has rank {ranks[0]} in lora_A and {ranks[1]} in lora_B")
     return {key: adapter[key] for key in wanted}
+
+
+def _tensors(folder: Path, device: torch.device | str) -> Adapter:
+    """What an adapter's file holds, fp32, under our names."""
+    path = folder / "adapter_model.safetensors"
+    if not path.exists():
+        raise MassError(
+            f"{folder}: no adapter_model.safetensors (pickled adapter_model.bin files are not read)"
+        )
+    adapter: Adapter = {}
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            for key in file.keys():  # noqa: SIM118 (safe_open is no dict)
+                name, _, kind = key.removeprefix(PEFT_PREFIX).removesuffix(".weight").rpartition(".lora_")
+                adapter[f"{name}.{kind}"] = file.get_tensor(key).float()
+    except SafetensorError as error:
+        raise MassError(f"{path} is damaged ({error}): save or download the adapter again") from None
+    return adapter

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from mass import optimizers
 from mass.batch import Packed
-from mass.blocks import Split, enter, of_block, run_block, second_order
+from mass.blocks import Split, enter, lowest, of_block, run_block, second_order
 from mass.forward import chunk_rows, example_loss, logits, loss_and_grad, pick, token_logprobs
 from mass.inner import Step, Trajectory
 from mass.lora import Adapter, Layers
@@ -173,11 +173,17 @@ def blockwise(
         keep = need_hessian and not recompute
         adapter = {key: tensor.detach().requires_grad_(keep) for key, tensor in step.adapter.items()}
         call = enter(parts, packed)
-        pair = (call.hidden_BSD, torch.zeros_like(call.hidden_BSD))
+        first = lowest(parts)
         kept: list[tuple[Tensor, Tensor]] = []
         with second_order(packed):
+            hidden = call.hidden_BSD
+            with torch.no_grad():
+                # no adapter, no tangent
+                for i in range(first):
+                    hidden = run_block(parts, call, i, hidden, {})
+            pair = (hidden, torch.zeros_like(hidden))
             with torch.set_grad_enabled(keep):
-                for i in range(len(parts.blocks)):
+                for i in range(first, len(parts.blocks)):
                     if need_hessian and recompute:
                         kept.append(pair)
                     pair = dual(call, i, pair, adapter, mu)
@@ -202,16 +208,16 @@ def blockwise(
                 got = torch.autograd.grad(pair, list(adapter.values()), back, materialize_grads=True)
                 return c_TN, dict(zip(adapter, got, strict=True))
             curve: Adapter = {}
-            for i in reversed(range(len(parts.blocks))):
+            for i in reversed(range(first, len(parts.blocks))):
                 own = {key: tensor.requires_grad_() for key, tensor in of_block(parts, i, adapter).items()}
                 with torch.enable_grad():
                     h, dh = kept.pop()
-                    pair = (h.detach().requires_grad_(i > 0), dh.detach().requires_grad_(i > 0))
+                    pair = (h.detach().requires_grad_(i > first), dh.detach().requires_grad_(i > first))
                     out = dual(call, i, pair, own, mu)
-                    wanted = [*own.values(), *(pair if i > 0 else ())]
+                    wanted = [*own.values(), *(pair if i > first else ())]
                     got = torch.autograd.grad(out, wanted, back, materialize_grads=True) if wanted else ()
                 curve |= dict(zip(own, got, strict=False))
-                back = got[len(own) :] if i > 0 else back
+                back = got[len(own) :] if i > first else back
                 del out
             return c_TN, {key: curve[key] for key in adapter}
 

@@ -14,12 +14,12 @@ from mass import arms, filerun, tally
 from mass.errors import MassError
 
 
-def pooled(folders: Sequence[Path]) -> dict[str, Any]:
+def pooled(folders: Sequence[Path], count: str = tally.COUNTS[0]) -> dict[str, Any]:
     """The numbers of `mass.tally.results` over the answers in finished --out folders of mass-eval, and `seeds`.
 
     The rows of every arm are those of the folders one after another; a problem's id is the folder's label and its own
     (`seed-0/p17`). `seeds`: what each folder has, and for each arm the mean of its accuracies and their standard deviation
-    (n - 1). Raises MassError for folders that are not finished or have other arms, and for one folder given twice.
+    (n - 1). `count`: one of `tally.COUNTS`. Raises MassError for folders that are not finished or have other arms, and for one folder given twice.
     """
     if len(folders) < 2:
         raise MassError(f"--pool {' '.join(map(str, folders))}: give two folders or more")
@@ -44,8 +44,13 @@ def pooled(folders: Sequence[Path]) -> dict[str, Any]:
                 f"--pool: {name} and {names[0]} have answers to other problems: evaluate them again"
             )
     trained = sorted({x["source"] for other in found for x in other["sources"] if x["trained"]})
-    numbers = tally.results({name: _rows(folders, labels, name) for name in names}, trained)
-    accuracy = [{arm["arm"]: arm["accuracy"] for arm in other["arms"]} for other in found]
+    numbers = tally.results({name: _rows(folders, labels, name) for name in names}, trained, count)
+    # counted again: a folder's report may count otherwise
+    alone = [
+        tally.results({name: _rows([folder], [label], name) for name in names}, trained, count)
+        for folder, label in zip(folders, labels, strict=True)
+    ]
+    accuracy = [{arm["arm"]: arm["accuracy"] for arm in own["arms"]} for own in alone]
     return {
         "seed": ", ".join(dict.fromkeys(str(other["seed"]) for other in found)),
         "versions": _versions(found),

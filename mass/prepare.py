@@ -61,7 +61,7 @@ def make_setting(
     )
     fingerprint = checkpoint.fingerprint(shards.named_parameters(hf) if shards else hf.named_parameters())
     check_model(hf)
-    shape = lora.LoraShape(recipe.lora.rank, recipe.lora.alpha, tuple(recipe.lora.targets))
+    shape = lora.LoraShape(recipe.lora.rank, recipe.lora.alpha, tuple(recipe.lora.targets), recipe.lora.last)
     lm = LanguageModel(hf, tokenizer, lora.attach(hf, shape), shape, m.path, shards)
     parts, mode = _engine(recipe, lm)
     lm.settle()
@@ -119,7 +119,7 @@ def _choose(
         chosen[0] = memory.choose(
             lm.hf,
             parts,
-            lora.LoraShape(r.lora.rank, r.lora.alpha, tuple(r.lora.targets)),
+            lora.LoraShape(r.lora.rank, r.lora.alpha, tuple(r.lora.targets), r.lora.last),
             examples,
             answers,
             steps=r.inner.steps,

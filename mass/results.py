@@ -31,6 +31,8 @@ NOTES = (
     "of these, every tie going to the truth. They are in no comparison.",
     "No answer: problems whose text states no answer that can be read. Where they are many, accuracy says as much about the form of "
     "answers as about what they say.",
+    "By the last number: accuracy where an answer is right when the last number in its text is the reference, in whatever form. Where "
+    "it is far from the accuracy, an arm knows the answers and not the form, or the form and not the answers.",
     "Tokens: generated plus trained (a trained token counts once for each inner step). FLOPs: 2 x weights for each generated "
     "token, 6 x weights for each trained one; prompts that are only read, and the scorer's reading, are not in it.",
     "Seconds: wall time of a batch over its problems, without loading the model and without verifying; problems a minute is its "
@@ -133,6 +135,11 @@ def _main(results: Mapping[str, Any]) -> Cells:
         "FLOPs",
         "problems/min",
     ]
+    # the other count, where it makes a difference
+    form = results["count"] == "stated" and any(
+        arm["by_last_number"] not in (None, arm["accuracy"]) for arm in arms
+    )
+    heads += ["by the last number"] if form else []
     silent = any(arm["no_answer"] for arm in arms)
     heads += ["no answer"] if silent else []
     failed = any(arm["errors"] or arm["unverified"] for arm in arms)
@@ -145,10 +152,12 @@ def _main(results: Mapping[str, Any]) -> Cells:
         cells += [_voted(arm.get("vote_rules"))] if rules else []
         minute = "-" if arm["per_minute"] is None else f"{arm['per_minute']:.1f}"
         cells += [f"{arm['tokens']:.0f}", f"{arm['seconds']:.3f}", f"{arm['flops']:.2e}", minute]
+        cells += [_number(arm["by_last_number"])] if form else []
         cells += [str(arm["no_answer"])] if silent else []
         cells += [str(arm["errors"] + arm["unverified"])] if failed else []
         rows.append(cells)
-    return f"{results['problems']} problems", heads, rows
+    counted = "" if results["count"] == "stated" else ", an answer counted by the last number in its text"
+    return f"{results['problems']} problems{counted}", heads, rows
 
 
 def _seeds(seeds: Mapping[str, Any]) -> Cells:

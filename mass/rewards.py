@@ -54,7 +54,7 @@ _SCALES = frozenset("dozen hundred thousand million billion trillion and or to".
 # Finding and writing answers
 
 
-def find_answer(text: str, *, loose: bool = False) -> str | None:
+def find_answer(text: str) -> str | None:
     r"""The final answer that `text` states, as written there, or None.
 
     In this order, and always the last one that is not empty:
@@ -63,14 +63,21 @@ def find_answer(text: str, *, loose: bool = False) -> str | None:
        the line; after "answer is" it ends with the sentence. Where nothing follows "Answer:" on its line, X is the
        paragraph below it (reasoning-gym has answers of several lines).
     3. a line "#### X" (GSM8K).
-    4. only with `loose`: the last number in the text, as is usual for numeric problems and models without a format.
     Time is linear in the length of the text.
     """
     for found in (_last_boxed(text), _last_marked(text), _last_hashes(text)):
         if found:
             return found
-    numbers = _LAST_NUMBER.findall(text) if loose else []
-    return numbers[-1].rstrip(",") if numbers else None
+    return None
+
+
+def ends_with_number(text: str, gold: str) -> bool | None:
+    """Whether the last number in `text` is `gold`, in whatever form it stands there (lm-evaluation-harness' flexible-extract);
+    None where `gold` is no number. Time is linear in the length of the text."""
+    if number(gold) is None:
+        return None
+    numbers = _LAST_NUMBER.findall(text)
+    return bool(numbers) and same_number(numbers[-1].rstrip(","), gold)
 
 
 def _last_boxed(text: str) -> str:

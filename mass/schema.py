@@ -104,6 +104,11 @@ class Lora:
     targets: list[str] = _key(
         ["all-linear"], "linear layers by name, e.g. q_proj; all-linear spares the head"
     )
+    last: int | None = _key(
+        None,
+        "only the last so many decoder blocks have an adapter: no backward pass below them; null = all",
+        ge=1,
+    )
 
 
 @dataclass(frozen=True)

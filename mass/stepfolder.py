@@ -96,7 +96,7 @@ def read(step: Path, layers: Layers) -> Contents:
     lora = meta["lora"]
     return Contents(
         policy=load_peft(step / "policy", layers),
-        shape=LoraShape(lora["rank"], lora["alpha"], tuple(lora["targets"])),
+        shape=LoraShape(lora["rank"], lora["alpha"], tuple(lora["targets"]), lora.get("last")),
         base_name=meta["base"],
         scorer=safetensors.load_file(step / "scorer.safetensors"),
         optimizer=safetensors.load_file(step / "optimizer.safetensors"),

@@ -13,48 +13,56 @@ import numpy as np
 import torch
 
 from mass import compare, outer
+from mass.rewards import ends_with_number
 
 # arms by these names are what the others are compared with
 RIVALS = ("none", "vote", "quest")
 SECONDS = ("generate", "score", "adapt", "answer")
 BINS = 20
+# by what an answer is right: the verifier's score of the answer that its text states, or the last number in the text
+COUNTS = ("stated", "last-number")
 
 
-def results(files: Mapping[str, Iterable[Mapping[str, Any]]], trained: Sequence[str] = ()) -> dict[str, Any]:
-    """`arms`, `comparisons` and `sources` of the rows of each arm, all in the order of the same problems.
+def results(
+    files: Mapping[str, Iterable[Mapping[str, Any]]], trained: Sequence[str] = (), count: str = COUNTS[0]
+) -> dict[str, Any]:
+    """`arms`, `comparisons` and `sources` of the rows of each arm, all in the order of the same problems, and `count`.
 
     `trained`: sources that have training problems. A problem is right when its verifier gives the full score; one
-    without an answer or without a verdict is not.
+    without an answer or without a verdict is not. With count="last-number" it is right when the last number in its
+    answer's text is the reference; scores, tries and votes stay as they are, and so does a problem whose reference is no number.
     """
     arms, right, states = [], {}, {}
     source_P: list[str] = []
     for name, rows in files.items():
-        arm, right[name], states[name], source_P = _arm(name, rows)
+        arm, right[name], states[name], source_P = _arm(name, rows, count)
         arms.append(arm)
     written = [arm["arm"] for arm in arms if arm["states_answer"]]
     return {
+        "count": count,
         "arms": arms,
         "comparisons": _comparisons(right),
         "sources": [
             {
                 "source": source,
                 "trained": source in trained,
-                "problems": count,
+                "problems": size,
                 "right": {name: int(right_P[of_source].sum()) for name, right_P in right.items()},
                 "states_answer": {
                     name: _states_answer(states[name][of_source], right[name][of_source]) for name in written
                 },
             }
-            for source, count in sorted(Counter(source_P).items(), key=lambda x: (-x[1], x[0]))
+            for source, size in sorted(Counter(source_P).items(), key=lambda x: (-x[1], x[0]))
             for of_source in [np.array([x == source for x in source_P], bool)]
         ],
     }
 
 
 def _arm(
-    name: str, rows: Iterable[Mapping[str, Any]]
+    name: str, rows: Iterable[Mapping[str, Any]], by: str
 ) -> tuple[dict[str, Any], np.ndarray, np.ndarray, list[str]]:
     right: list[bool] = []
+    last: list[bool | None] = []
     sources: list[str] = []
     tries: list[tuple[int, int]] = []
     rules: list[Mapping[str, bool | None]] = []
@@ -67,6 +75,7 @@ def _arm(
     states: list[int] = []
     for row in rows:
         right.append(row["score"] == 1.0)
+        last.append(ends_with_number(row["solution"], row["reference"]))
         sources.append(row["source"])
         # answers of an earlier version have none
         scores_of = row.get("tries", [])
@@ -101,7 +110,8 @@ def _arm(
         count["checks"] += sum(x[2] is not None for _, x in known)
         count["honest"] += sum(x[2] is True for _, x in known)
     P = len(right)
-    right_P, states_P = np.array(right, bool), np.array(states, int)
+    last_P = np.array([whole if x is None else x for x, whole in zip(last, right, strict=True)], bool)
+    right_P, states_P = np.array(right, bool) if by == COUNTS[0] else last_P, np.array(states, int)
     seconds = sum(total[part] for part in SECONDS) / P
     known_count = len(good) + len(other)
     arm = {
@@ -111,6 +121,8 @@ def _arm(
         "accuracy": float(right_P.mean()),
         "interval": compare.interval(right_P),
         "score": scores / P,
+        # None where no reference is a number
+        "by_last_number": None if all(x is None for x in last) else float(last_P.mean()),
         "tries": _tries(tries),
         "vote_rules": _vote_rules(rules, right),
         **{key: count[key] for key in ("errors", "no_answer", "unverified", "examples", "valid", "copies")},

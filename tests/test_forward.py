@@ -102,6 +102,26 @@ def test_gradient_plain_and_blockwise_equal_autograd_through_the_models_logits(n
         assert not any(x.requires_grad for x in (got, logprob_M, *grad.values()))
 
 
+def test_no_gradient_is_made_below_the_lowest_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adapters on the last block alone: block by block as by autograd, and no other block is run again."""
+    own = worlds.make()
+    lora.detach(own.hf, own.layers)
+    layers = lora.attach(own.hf, lora.LoraShape(2, 4.0, ("all-linear",), last=1))
+    parts = blocks.split(own.hf, layers)
+    start = {key: x for key, x in own.start.items() if key.rpartition(".")[0] in layers}
+    assert 0 < len(start) < len(own.start)
+    ran: list[int] = []
+    run = forward.run_block
+    monkeypatch.setattr(forward, "run_block", lambda *args: ran.append(args[2]) or run(*args))
+    plain, by_block = (
+        forward.loss_and_grad(own.hf, layers, own.packed, start, lambda x: x.square().mean(), parts=p)
+        for p in (None, parts)
+    )
+    assert error(by_block[0], plain[0]) < 1e-12 and error(by_block[2], plain[2]) < 1e-12
+    last = len(parts.blocks) - 1
+    assert ran == [*range(last + 1), last]
+
+
 def test_a_loss_that_is_not_linear_in_the_logprobs() -> None:
     """The policy-gradient losses are made of ratios exp(logprob - old), so the gradient takes the loss as it comes."""
     world = worlds.shared()

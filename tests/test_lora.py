@@ -100,6 +100,15 @@ def test_targets() -> None:
         lora.attach(model(), LoraShape(2, 4.0, ("proj",)))
 
 
+def test_the_last_blocks_alone() -> None:
+    hf, layers = with_slots(shape=LoraShape(2, 4.0, ("q_proj", "down_proj"), last=1))
+    assert list(layers) == ["model.layers.1.self_attn.q_proj", "model.layers.1.mlp.down_proj"]
+    lora.detach(hf, layers)
+    assert len(lora.attach(hf, LoraShape(2, 4.0, ("all-linear",), last=2))) == 14
+    with pytest.raises(MassError, match="lora.last=3: this model has 2 decoder blocks"):
+        lora.attach(model(), LoraShape(2, 4.0, ("all-linear",), last=3))
+
+
 def test_a_model_without_linear_layers_is_refused() -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -226,6 +235,7 @@ def test_peft_loads_what_we_save(architecture: str, shape: LoraShape, tmp_path: 
         {"target_modules": "all-linear"},
         {"target_modules": ["q_proj"], "use_rslora": True, "r": 8},
         {"target_modules": ["q_proj"], "lora_dropout": 0.5},
+        {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]},
     ],
 )
 def test_we_load_what_peft_saves(settings: dict[str, Any], tmp_path: Path) -> None:

@@ -184,11 +184,12 @@ def test_chunks_of_the_head_change_nothing(engine: str, monkeypatch: pytest.Monk
     assert error(parts.init, whole.init) < 1e-12
 
 
+@pytest.mark.parametrize("block", [0, 1])
 @pytest.mark.parametrize("engine", ENGINES)
-def test_part_of_the_layers_may_have_adapters(engine: str) -> None:
-    """Adapters on two kinds of layers; the last block has none at all, and so nothing to give."""
+def test_part_of_the_layers_may_have_adapters(engine: str, block: int) -> None:
+    """Adapters on two kinds of layers of one block: the other has none at all, and nothing to give or no gradient."""
     own = worlds.make()
-    keep = [n for n in own.layers if "layers.0." in n and n.endswith(("q_proj", "down_proj"))]
+    keep = [n for n in own.layers if f"layers.{block}." in n and n.endswith(("q_proj", "down_proj"))]
     lora.detach(own.hf, own.layers)
     layers = lora.attach(own.hf, lora.LoraShape(2, 4.0, tuple(keep)))
     assert list(layers) == keep

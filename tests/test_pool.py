@@ -27,6 +27,8 @@ def row(i: int, score: int) -> dict[str, Any]:
         "source": "ab"[i % 2],
         "error": None,
         "answer": "x",
+        # the other count of the answers
+        "solution": "13" if score else "12",
         "flops": 10 * (i + 1),
         "tokens": {"generated": 3 + i, "trained": 4},
         "seconds": {"generate": 0.5, "score": 0.25, "adapt": 0.0, "answer": 0.25},
@@ -112,6 +114,14 @@ def test_the_spread_over_seeds(folders: list[Path]) -> None:
     assert title == "Accuracy by training seed"
     assert heads == ["arm", "seed-0", "seed-1", "seed-2", "mean", "standard deviation"]
     assert cells[0] == [ARMS[2], "0.750", "0.750", "1.000", "0.833", "0.144"]
+
+
+def test_a_pool_by_the_last_number(folders: list[Path]) -> None:
+    found = pool.pooled(folders, "last-number")
+    wrong = {name: [1 - x for own in RIGHT.values() for x in own[i]] for i, name in enumerate(ARMS)}
+    assert {arm["arm"]: arm["right"] for arm in found["arms"]} == {name: sum(x) for name, x in wrong.items()}
+    mass = next(x for x in found["seeds"]["arms"] if x["arm"] == ARMS[2])
+    assert mass["mean"] == pytest.approx((0.25 + 0.25 + 0.0) / 3)
 
 
 def test_the_command_writes_one_report(

@@ -1,6 +1,7 @@
 """The tables and the page of an evaluation, of names that are made to break them."""
 
 from pathlib import Path
+from typing import Any
 
 from test_tally import row
 
@@ -15,6 +16,19 @@ def test_names_and_sources_are_text_in_the_report(tmp_path: Path) -> None:
     page = (tmp_path / "results.html").read_text()
     assert "<script" not in page and page.count("&lt;script&gt;") > 5 and "$x_1$" in page
     assert "<script>alert(1)</script>\\|$x_1$ | 0.500" in (tmp_path / "results.md").read_text()
+
+
+def test_the_other_count_has_a_column_where_it_differs() -> None:
+    def heads(count: str, *rows: dict[str, Any]) -> list[str]:
+        return results.tables(tally.results({"none": rows}, count=count) | {"problems": len(rows)})[0][1]
+
+    alike, other = row(1.0, solution="Answer: 12"), row(0.0, solution="12")
+    assert "by the last number" not in heads("stated", alike) + heads("last-number", other)
+    assert "by the last number" in heads("stated", other)
+    title, _, cells = results.tables(tally.results({"none": [other]}, count="last-number") | {"problems": 1})[
+        0
+    ]
+    assert title.endswith("by the last number in its text") and cells[0][1].startswith("1.000")
 
 
 def test_answers_that_cannot_be_read_have_a_column_where_there_are_some() -> None:

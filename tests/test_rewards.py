@@ -11,7 +11,7 @@ import pytest
 from mass import rewards
 from mass.errors import MassError
 from mass.problems import Problem, Task
-from mass.rewards import Verifier, canonical, find_answer, number, same_number, vote
+from mass.rewards import Verifier, canonical, ends_with_number, find_answer, number, same_number, vote
 
 
 def task(answer, verifier, source="toy", entry=None):
@@ -52,12 +52,26 @@ def test_find_answer(text, answer):
     assert find_answer(text) == answer
 
 
-def test_the_last_number_counts_only_when_asked_for():
+def test_a_number_alone_is_no_stated_answer():
     assert find_answer("from 3 we get 1,250.5.") is None
-    assert find_answer("from 3 we get 1,250.5.", loose=True) == "1,250.5"
-    assert find_answer("so 7-3 is -4", loose=True) == "-4"
-    assert find_answer("Answer: 9, not 10", loose=True) == "9, not 10"
-    assert find_answer("none", loose=True) is None
+
+
+@pytest.mark.parametrize(
+    "text,gold,right",
+    [
+        ("from 3 we get 1,250.5.", "1250.5", True),
+        ("so 7-3 is -4", "-4", True),
+        ("so 7-3 is -4", "4", False),
+        ("Answer: Answer: 9", "9", True),
+        ("Answer: 9, not 10", "9", False),
+        ("29 + 38 = 67\n", "67", True),
+        ("none", "0", False),
+        ("", "0", False),
+        ("a cat", "cat", None),
+    ],
+)
+def test_ends_with_number(text, gold, right):
+    assert ends_with_number(text, gold) is right
 
 
 @pytest.mark.parametrize(
@@ -84,7 +98,8 @@ def test_the_last_number_counts_only_when_asked_for():
 def test_long_text_of_anything_is_read_in_linear_time(unit):
     text = unit * (200_000 // len(unit))  # quadratic time would be minutes
     began = time.process_time()
-    find_answer(text, loose=True)
+    find_answer(text)
+    ends_with_number(text, "7")
     with Verifier() as verifier:
         verdict = verifier.verify(f"Answer: 1{text}", task("7", "numeric"))
         assert verifier.verify(f"\\boxed{{1{text}}}", task("7", "exact")).status != "right"

@@ -14,6 +14,7 @@ def row(score: float | None, source: str = "a", **more: Any) -> dict[str, Any]:
         "source": source,
         "error": None,
         "answer": "x",
+        "solution": "Answer: x",
         "flops": 10,
         "tokens": {"generated": 3, "trained": 4},
         "seconds": {"generate": 0.5, "score": 0.25, "adapt": 0.0, "answer": 0.25},
@@ -84,6 +85,28 @@ def test_a_table_from_rows_counted_by_hand() -> None:
     ]
     assert [(x["won"], x["lost"], x["p"]) for x in pairs] == [(1, 0, 1.0), (3, 1, 0.625), (2, 1, 1.0)]
     assert [x["p_holm"] for x in pairs] == compare.holm([x["p"] for x in pairs])
+
+
+def test_the_last_number_of_an_answer_in_whatever_form() -> None:
+    answers = {
+        "none": [row(0.0, solution="= 12"), row(0.0, solution="12"), row(1.0, "b", reference="cat")],
+        "mass": [
+            row(1.0, solution="Answer: 12"),
+            row(1.0, solution="Answer: 12 (not 13)"),
+            row(0.0, "b", reference="cat"),
+        ],
+    }
+    found = tally.results(answers)
+    assert [(x["right"], x["by_last_number"]) for x in found["arms"]] == [(1, 1.0), (2, pytest.approx(1 / 3))]
+    by_number = tally.results(answers, count="last-number")
+    assert [x["right"] for x in by_number["arms"]] == [3, 1] and by_number["count"] == "last-number"
+    (pair,) = by_number["comparisons"]
+    assert (pair["won"], pair["lost"]) == (0, 2) and by_number["sources"][0]["right"] == {
+        "none": 2,
+        "mass": 1,
+    }
+    words = tally.results({"none": [row(1.0, "b", reference="cat")]})
+    assert words["arms"][0]["by_last_number"] is None
 
 
 def test_examples_that_state_the_answer_of_their_target() -> None:
