@@ -1,8 +1,11 @@
-"""Before a scorer is trained: is the credit right, can the features be read, does the inner step help, and at which rate?
+"""Before a scorer is trained: is the credit right, can the features be read, does the inner step help, at which rate, and is
+there room for better examples?
 
 Each question isolates one fault. Credit that does not rank right examples above wrong ones is a fault of the examples, the
 inner loop or the outer loss; features from which a head trained on the truth cannot tell them apart are a fault of the
-scorer's inputs; where both are good and training is not, it is the outer optimizer.
+scorer's inputs; where both are good and training is not, it is the outer optimizer. And where an update on solved training
+problems, whose answers are right, helps no more than one on self-made examples, no weighing of these and no better generator
+has much to gain.
 """
 
 import math
@@ -15,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mass import credit, episode, metrics, outer, scorer
-from mass.choices import Room, own_answers
+from mass.choices import Room, own_answers, training_problems
 from mass.credit import STEP
 from mass.episode import Result
 from mass.lora import Adapter
@@ -34,13 +37,15 @@ FOLDS = 4
 
 @dataclass(frozen=True)
 class Rate:
-    """What one inner learning rate does: outer loss without update, after one with uniform weights, and after one on the
-    right examples alone (NaN where they are not known); share of tasks that exploded; AUC of the credit."""
+    """What one inner learning rate does: outer loss without update, after one with uniform weights, after one on the right
+    examples alone (NaN where they are not known), and after one on as many solved training problems (NaN where the pool has
+    too few); share of tasks that exploded; AUC of the credit."""
 
     lr: float
     before: float
     uniform: float
     right: float
+    solved: float
     exploded: float
     auc: float
 
@@ -82,11 +87,12 @@ class Report:
             f"{self.flat:.0%} of the tasks under outer.min_spread",
             f"rank correlation with leaving each example out: exact credit {self.exact:.3f}, one-step dot product "
             f"{self.one_step:.3f}",
-            "inner.lr     outer loss   after update   on right ones   exploded   credit AUC",
+            "inner.lr     outer loss   after update   on right ones   on solved problems   exploded   credit AUC",
         ]
         for x in self.rates:
             out.append(
-                f"{x.lr:<12.3g} {x.before:10.3f} {x.uniform:14.3f} {x.right:15.3f} {x.exploded:10.0%} {x.auc:12.3f}"
+                f"{x.lr:<12.3g} {x.before:10.3f} {x.uniform:14.3f} {x.right:15.3f} {x.solved:20.3f} {x.exploded:10.0%} "
+                f"{x.auc:12.3f}"
             )
         good = [x.lr for x in self.rates if self._gain(x) > 0.5 * max(map(self._gain, self.rates))]
         if good and max(map(self._gain, self.rates)) > 0:
@@ -143,6 +149,7 @@ def probe(
     good_TN, known_TN = (torch.cat(x) for x in zip(*right, strict=True))
     few = max(1, 16 // size)
     say("leaving each example out, and other inner rates")
+    solved = [_solved_problems(setting, batch, policy, eta) for batch in batches[:few]]
     exact, one_step = _leave_one_out(setting, batches[:few], made[:few], policy)
     return Report(
         len(batches) * size if len(tasks) >= size else len(tasks),
@@ -157,7 +164,7 @@ def probe(
         exact,
         one_step,
         tuple(
-            _rate(setting, lr * setting.recipe.inner.lr, batches[:few], made[:few], policy, eta)
+            _rate(setting, lr * setting.recipe.inner.lr, batches[:few], made[:few], solved, policy, eta)
             for lr in RATES
         ),
     )
@@ -210,18 +217,31 @@ def _feature_auc(
     return won / pairs if pairs else math.nan
 
 
+def _solved_problems(
+    setting: Setting, tasks: Seq[Task], policy: Adapter, eta: Mapping[str, Tensor]
+) -> Practice | None:
+    """As many solved problems of the pool as a task has examples, in place of them; None where the pool is too small."""
+    if len(setting.pool) <= setting.recipe.generate.examples:
+        return None
+    nothing = Room(None, 0, False, [[] for _ in tasks])
+    return training_problems(
+        test_time_kit(setting, policy, eta, {}), [task.problem for task in tasks], nothing
+    )
+
+
 def _rate(
     setting: Setting,
     lr: float,
     batches: Seq[Seq[Task]],
     made: Seq[Result],
+    solved: Seq[Practice | None],
     policy: Adapter,
     eta: Mapping[str, Tensor],
 ) -> Rate:
     inner = replace(setting.recipe.inner, lr=lr)
     at = replace(setting, recipe=replace(setting.recipe, inner=inner))
-    before, uniform, right, exploded, won, pairs = [], [], [], [], 0.0, 0
-    for batch, first in zip(batches, made, strict=True):
+    before, uniform, right, on_solved, exploded, won, pairs = [], [], [], [], [], 0.0, 0
+    for batch, first, problems in zip(batches, made, solved, strict=True):
         practice = first.practice
         result = episode.run(at, batch, STEP, policy, eta, {}, practice=practice)
         before.append(result.metrics["meta/loss_before"])
@@ -235,11 +255,16 @@ def _rate(
             weight_TN = scorer.weights(torch.zeros_like(result.weight_TN), good_TN, 1.0)
             same = task_batch(at, batch, practice, policy, {}, STEP)
             right.append(credit.update(same, weight_TN).loss_T.mean().item())
+        if problems is not None:
+            weight_TN = scorer.weights(torch.zeros_like(result.weight_TN), problems.valid_TN, 1.0)
+            same = task_batch(at, batch, problems, policy, {}, STEP)
+            on_solved.append(credit.update(same, weight_TN).loss_T.mean().item())
     return Rate(
         lr,
         _mean(before),
         _mean(uniform),
         _mean(right),
+        _mean(on_solved),
         _mean(exploded),
         won / pairs if pairs else math.nan,
     )

@@ -54,7 +54,8 @@ def test_the_window_of_the_inner_rate(report: probe.Report, families: Any) -> No
     assert tiny.uniform == pytest.approx(tiny.before, rel=0.02) and tiny.right < tiny.before
     assert middle.right < 0.5 * middle.before and middle.exploded < 0.3
     assert huge.exploded > 0.7 and huge.uniform > huge.before
-    assert all(x.before == tiny.before for x in report.rates)
+    # no pool, no solved problems to update on
+    assert all(x.before == tiny.before and x.solved != x.solved for x in report.rates)
     said = next(line for line in report.lines if line.startswith("at least half"))
     low, high = (float(word) for word in said.partition("from ")[2].split(" to "))
     assert low <= lr <= high < report.rates[-1].lr
@@ -96,8 +97,27 @@ def test_without_a_truth_the_verifier_judges_own_answers(tmp_path: Path) -> None
     assert 0 <= report.credit_auc <= 1 and "own answers, by the verifier" in " ".join(report.lines)
     assert any("own answers" in text for text in said)
     assert all(x.right != x.right and x.auc != x.auc for x in report.rates)
+    tiny, *_, huge = report.rates
+    assert len(setting.pool) > report.examples and tiny.solved < tiny.before < huge.solved
     # with uniform weights alone it is their loss that the window is about
     assert any(line.startswith(("at least half", "no rate")) for line in report.lines)
+
+
+def test_an_update_on_solved_problems_shows_the_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the families world solved problems of other families teach no target its method: right examples do, and by far more."""
+    setting, tasks, policy, eta = open_recipe(
+        "families", f"model.path={ROOT}/tests/data/families", "prompt.pool=64"
+    )
+    monkeypatch.setattr(probe, "RATES", (1.0,))
+    monkeypatch.setattr(probe, "_leave_one_out", lambda *_: (0.0, 0.0))
+    (x,) = probe.probe(setting, tasks, policy, eta).rates
+    assert x.right < 0.5 * x.before < x.solved < 2 * x.before
+    own = probe._solved_problems(setting, tasks[:2], policy, eta)
+    assert (
+        own is not None and own.valid_TN.all() and own.valid_TN.shape == (2, setting.recipe.generate.examples)
+    )
+    known = {(t.problem.text, t.solution) for t in setting.pool}
+    assert all((e.problem, e.solution) in known for row in own.examples for e in row)
 
 
 def test_the_probe_leaves_everything_as_it_was(families: Any, report: probe.Report) -> None:
