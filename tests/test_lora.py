@@ -211,7 +211,9 @@ def test_weight_and_bias_are_the_bases() -> None:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma3", "mistral", "gpt_neox"])
-@pytest.mark.parametrize("shape", [SHAPE, LoraShape(4, 10.5, ("all-linear",))])
+@pytest.mark.parametrize(
+    "shape", [SHAPE, LoraShape(4, 10.5, ("all-linear",)), LoraShape(4, 8.0, ("all-linear",), last=1)]
+)
 def test_peft_loads_what_we_save(architecture: str, shape: LoraShape, tmp_path: Path) -> None:
     hf, layers = with_slots(architecture, shape)
     policy = random_policy(layers)
