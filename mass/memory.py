@@ -124,7 +124,7 @@ class _Copy:
 
 
 def _shallow(hf: PreTrainedModel, parts: Split | None, shape: LoraShape, depth: int) -> _Copy:
-    """The model's architecture with `depth` blocks. Call it under a FakeTensorMode."""
+    """The model's architecture with `depth` blocks, all with adapters. Call it under a FakeTensorMode."""
     config = copy.deepcopy(hf.config)
     text = config.get_text_config()
     text.num_hidden_layers = depth
@@ -133,7 +133,7 @@ def _shallow(hf: PreTrainedModel, parts: Split | None, shape: LoraShape, depth: 
         text.layer_types = [kinds[i % len(kinds)] for i in range(depth)]
     dtype = next(hf.parameters()).dtype
     fake = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
-    layers = attach(fake, shape)
+    layers = attach(fake, replace(shape, last=None))
     if parts is None:
         return _Copy(fake, layers, None)
     names = {id(module): name for name, module in parts.body.named_modules()}
@@ -208,7 +208,7 @@ def predict(
                     _first_order(model, last, adapter, own)
                 while taken:
                     products(Step(adapter, {}, taken.pop(), weight_TN), grad, need_hessian)
-    deep = len(parts.blocks) if parts else hf.config.get_text_config().num_hidden_layers
+    deep = _depth(hf, shape)
     if measure:
         known[checkpoint] = max(_line(first_order, deep), _line(writing, deep) if writing else 0)
     one = _line(size, deep)
@@ -244,7 +244,7 @@ def predict_outer(
             size.append(sum(x.nbytes for x in adapter.values()))
             with _counting(first_order):
                 _first_order(model, batch, adapter, model.parts if checkpoint else None, with_kl=with_kl)
-    deep = len(parts.blocks) if parts else hf.config.get_text_config().num_hidden_layers
+    deep = _depth(hf, shape)
     return Peak(_line(first_order, deep), 0, _line(size, deep))
 
 
@@ -381,6 +381,11 @@ def _adapter(layers: Layers, rank: int, tasks: int, dtype: torch.dtype) -> Adapt
         adapter[f"{name}.A"] = torch.empty(tasks, rank, width, dtype=dtype, device=layer.weight.device)
         adapter[f"{name}.B"] = torch.empty(tasks, out, rank, dtype=dtype, device=layer.weight.device)
     return adapter
+
+
+def _depth(hf: PreTrainedModel, shape: LoraShape) -> int:
+    """How many blocks a pass holds something of: one below the lowest adapter keeps nothing."""
+    return shape.last or int(hf.config.get_text_config().num_hidden_layers)
 
 
 @contextlib.contextmanager

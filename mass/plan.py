@@ -22,13 +22,14 @@ from mass.recipe import Recipe
 from mass.shards import gathering_bytes, unit_of
 
 PROMPT = 128
-# matrix products over those of a forward and a backward pass of each inner step, that pass included
-ENGINES: dict[str, tuple[memory.Engine, bool, bool, float]] = {
-    "reverse": ("reverse", False, False, 3.0),
-    "blockwise, kept": ("blockwise", False, False, 3.0),
-    "blockwise": ("blockwise", True, False, 4.0),
-    "blockwise, inner.checkpoint": ("blockwise", True, True, 4.5),
-    "finite_difference": ("finite_difference", False, False, 3.0),
+# matrix products over those of a forward and a backward pass of each inner step, that pass included; and how often it goes
+# through the blocks below the lowest adapter, forward alone
+ENGINES: dict[str, tuple[memory.Engine, bool, bool, float, int]] = {
+    "reverse": ("reverse", False, False, 3.0, 2),
+    "blockwise, kept": ("blockwise", False, False, 3.0, 2),
+    "blockwise": ("blockwise", True, False, 4.0, 2),
+    "blockwise, inner.checkpoint": ("blockwise", True, True, 4.5, 2),
+    "finite_difference": ("finite_difference", False, False, 3.0, 3),
 }
 # in their place where inner.steps=0
 NO_LOOP = "no inner loop"
@@ -111,7 +112,7 @@ def make(recipe: Recipe, ranks: int, engines: Collection[str] = tuple(ENGINES)) 
             hf, parts, shape, last, checkpoint=i.checkpoint, with_kl=_has_kl(r)
         )
     for name in engines if i.steps else ():
-        engine, recompute, again, _ = ENGINES[name]
+        engine, recompute, again, *_ = ENGINES[name]
         key = (engine, recompute, again or i.checkpoint)
         if key not in same:
             same[key] = memory.predict(
@@ -134,7 +135,9 @@ def make(recipe: Recipe, ranks: int, engines: Collection[str] = tuple(ENGINES)) 
     if sharded and r.zero.hold_base:
         # beside the rank's own part; nothing is gathered meanwhile
         generating["base held whole"] = max(0, sum(units) - memory_parts["gathered units"])
-    flops = _flops(r, linear, head.numel())
+    unadapted = [m for block in parts.blocks[: blocks.lowest(parts)] for m in block.modules()]
+    below = sum(m.weight.numel() for m in unadapted if isinstance(m, torch.nn.Linear))
+    flops = _flops(r, linear, below, head.numel())
     sent = {"gradients": 2 * 4.0 * adapter * 2 * (ranks - 1) / ranks}
     if sharded:
         T_parts = -(-r.outer.tasks // T)
@@ -227,8 +230,9 @@ def _outer_bytes(size: int, stage: int, ranks: int) -> tuple[int, int]:
     return value + gradient, state
 
 
-def _flops(r: Recipe, linear: int, head: int) -> dict[str, float]:
-    """A product of a frozen matrix takes 2 FLOPs a weight and token, forward and backward alike; attention is left out."""
+def _flops(r: Recipe, linear: int, below: int, head: int) -> dict[str, float]:
+    """A product of a frozen matrix takes 2 FLOPs a weight and token, forward and backward alike; attention is left out.
+    `below`: those of the `linear` weights that lie below the lowest adapter, which no backward pass reaches."""
     T, N, new, answer = (
         r.outer.tasks,
         r.generate.examples,
@@ -237,12 +241,13 @@ def _flops(r: Recipe, linear: int, head: int) -> dict[str, float]:
     )
     G = r.outer.rollouts if r.outer.loss == "verifier" else 1
     token = 2.0 * (linear + head)
+    back = token - 2.0 * below
     # the base reads as well, and the divergence goes back through the head on its own
     kl = token + 2.0 * head
     if not r.inner.steps:
         read = T * G * (PROMPT + answer)
         sampled = read if r.outer.loss == "verifier" else 0
-        return {"generate": token * sampled, "outer loss": (2 * token + _has_kl(r) * kl) * read}
+        return {"generate": token * sampled, "outer loss": (token + back + _has_kl(r) * kl) * read}
     train = T * N * (PROMPT + new)
     # the generator's credit may want an inner loop of its own, and the outer loss after it
     loops = 1 + (r.outer.writes and r.outer.credit == "uniform")
@@ -252,14 +257,15 @@ def _flops(r: Recipe, linear: int, head: int) -> dict[str, float]:
     sampled = last + without if r.outer.loss == "verifier" else 0
     out = {
         "generate": token * (train + sampled),
-        "outer loss, before and after": 2 * token * last,
-        "policy gradient": (2 * token + (max(r.outer.beta, r.outer.beta_check) > 0) * kl) * train,
+        "outer loss, before and after": (token + back) * last,
+        "policy gradient": (token + back + (max(r.outer.beta, r.outer.beta_check) > 0) * kl) * train,
     }
     if without:
         passes = 1 if r.inner.steps == 1 else N * r.inner.steps
-        out["without each example"] = 2 * token * train * passes + token * without
-    for name, (_, _, _, factor) in ENGINES.items():
-        out[f"inner loop and meta, {name}"] = factor * 2 * token * train * r.inner.steps * loops
+        out["without each example"] = (token + back) * train * passes + token * without
+    for name, (_, _, _, factor, read_below) in ENGINES.items():
+        own = factor * 2 * back + read_below * 2.0 * below
+        out[f"inner loop and meta, {name}"] = own * train * r.inner.steps * loops
     return out
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import pytest
 import torch
 from tiny import tiny
 
-from mass import memory
+from mass import lora, memory, metagrad
 from mass.batch import Packed, Sequence, pack
 from mass.blocks import split
 from mass.errors import MassError
+from mass.inner import Step
 from mass.lora import LoraShape, attach
 
 LAUNCH = Path(__file__).resolve().parents[1] / "launch"
@@ -152,6 +154,37 @@ def test_depth_is_drawn_out_and_blockwise_hardly_grows_with_it() -> None:
         )
         growth[engine] = large - small
     assert 0 < growth["blockwise"] < growth["reverse"] / 3
+
+
+@pytest.mark.parametrize("engine,recompute", [("reverse", True), ("blockwise", True), ("blockwise", False)])
+def test_blocks_below_the_lowest_adapter_hold_nothing(engine: memory.Engine, recompute: bool) -> None:
+    """Adapters on the last 3 of 8 blocks: predicted as what a sweep of the whole model really holds at its peak."""
+    hf, _ = tiny("llama", torch.float32, num_hidden_layers=8)
+    shape = replace(SHAPE, last=3)
+    layers = attach(hf, shape)
+    parts, inner = split(hf, layers), batch(2)
+    how: dict[str, Any] = {"engine": engine, "steps": 2, "recompute": recompute}
+    peak = memory.predict(hf, parts, shape, inner, batch(2, 1), **how)
+    whole = predict(*model(num_hidden_layers=8), inner, **how)
+    assert peak.kept == pytest.approx(whole.kept * 3 / 8) and peak.sweep < whole.sweep
+    adapter = {
+        key: torch.randn(2, *x.shape) for key, x in lora.fresh(layers, shape.rank, torch.Generator()).items()
+    }
+    weight_TN = torch.ones(inner.count_TN.shape)
+    made = (
+        metagrad.Reverse(hf, layers, inner, weight_TN)
+        if engine == "reverse"
+        else metagrad.blockwise(hf, parts, inner, weight_TN, recompute=recompute)
+    )
+    with memory.Live() as live:
+        taken = (
+            [made.record(adapter)[1] for _ in range(2)] if isinstance(made, metagrad.Reverse) else [adapter]
+        )
+        for grad in taken[::-1]:
+            made(Step(adapter, {}, grad, weight_TN), adapter, True)
+    size = sum(x.nbytes for x in adapter.values())
+    # the prediction has the cotangents of a step beside the engine's own
+    assert peak.sweep - 3 * size == pytest.approx(live.peak, rel=0.05)
 
 
 def test_memory_grows_with_steps_by_small_states_only() -> None:
