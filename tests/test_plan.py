@@ -9,13 +9,18 @@ import torch
 from chain import save_problems
 from tiny import tiny
 
-from mass import plan
+from mass import lora, plan
+from mass.batch import Sequence, pack
 from mass.errors import MassError
+from mass.forward import loss_and_grad
+from mass.lora import LoraShape
+from mass.model import language_model
 from mass.recipe import Recipe, load
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "launch"))
 
 import meta_bench_plan as bench  # noqa: E402
+from meta_bench_gradients import Flops  # noqa: E402
 
 
 def recipe(folder: Path, *overrides: str) -> Recipe:
@@ -60,6 +65,23 @@ def test_what_lies_in_main_memory_is_counted_there(tmp_path: Path) -> None:
     alone = plan.make(recipe(tmp_path, "zero.stage=3", "zero.offload=all", "model.device=cuda"), 1, [])
     assert alone.main["base shard"] > 0 and alone.parts["base shard"] == 0 < alone.parts["gathered units"]
     assert plan.make(recipe(tmp_path, "zero.stage=3"), 1, []).parts["gathered units"] == 0
+
+
+def test_blocks_below_the_lowest_adapter_are_read_alone(tmp_path: Path) -> None:
+    """One of two blocks: what a backward pass does not reach, by PyTorch's own count of a first-order pass."""
+    work = {}
+    for last in (1, 2):
+        made = plan.make(recipe(tmp_path, f"lora.last={last}", "outer.beta=0"), 1, ["reverse"])
+        lm = language_model(
+            "tiny:llama", LoraShape(1, 1.0, ("all-linear",), last), dtype="fp32", device="cpu"
+        )
+        packed = pack([[Sequence(list(range(1, 65)), 1)]], 0)
+        adapter = lora.expand(lora.fresh(lm.lora, 1, torch.Generator()), 1)
+        with Flops() as counted:
+            loss_and_grad(lm.hf, lm.lora, packed, adapter, lambda logprob_M: logprob_M.sum())
+        work[last] = made.flops["policy gradient"], counted.total
+    planned, found = (work[1][i] / work[2][i] for i in (0, 1))
+    assert planned == pytest.approx(found, rel=0.05) and found < 0.95
 
 
 @pytest.mark.slow
