@@ -4,8 +4,7 @@ there room for better examples?
 Each question isolates one fault. Credit that does not rank right examples above wrong ones is a fault of the examples, the
 inner loop or the outer loss; features from which a head trained on the truth cannot tell them apart are a fault of the
 scorer's inputs; where both are good and training is not, it is the outer optimizer. And where an update on solved training
-problems, whose answers are right, helps no more than one on self-made examples, no weighing of these and no better generator
-has much to gain.
+problems, whose answers are all right, helps no more than one on self-made examples, wrong answers are not what is in the way.
 """
 
 import math
