@@ -137,7 +137,7 @@ def make(recipe: Recipe, ranks: int, engines: Collection[str] = tuple(ENGINES)) 
         generating["base held whole"] = max(0, sum(units) - memory_parts["gathered units"])
     unadapted = [m for block in parts.blocks[: blocks.lowest(parts)] for m in block.modules()]
     below = sum(m.weight.numel() for m in unadapted if isinstance(m, torch.nn.Linear))
-    flops = _flops(r, linear, below, head.numel())
+    flops = _flops(r, linear, head.numel(), below)
     sent = {"gradients": 2 * 4.0 * adapter * 2 * (ranks - 1) / ranks}
     if sharded:
         T_parts = -(-r.outer.tasks // T)
@@ -230,7 +230,7 @@ def _outer_bytes(size: int, stage: int, ranks: int) -> tuple[int, int]:
     return value + gradient, state
 
 
-def _flops(r: Recipe, linear: int, below: int, head: int) -> dict[str, float]:
+def _flops(r: Recipe, linear: int, head: int, below: int = 0) -> dict[str, float]:
     """A product of a frozen matrix takes 2 FLOPs a weight and token, forward and backward alike; attention is left out.
     `below`: those of the `linear` weights that lie below the lowest adapter, which no backward pass reaches."""
     T, N, new, answer = (
