@@ -84,7 +84,7 @@ def attach(hf: PreTrainedModel, shape: LoraShape) -> Layers:
     """Put LoRA slots on the linear layers whose name ends in one of the targets; the head is never one of them.
 
     `all-linear` names every linear layer but the output head. Returns name -> layer in the model's order. Raises
-    MassError when a target matches nothing, or for more blocks than there are. A model takes one set of slots only.
+    MassError when a target matches nothing, for more blocks than there are, and where those have no target. A model takes one set of slots only.
     """
     head = hf.get_output_embeddings()
     linears = {name: m for name, m in hf.named_modules() if isinstance(m, nn.Linear) and m is not head}
@@ -107,6 +107,11 @@ def attach(hf: PreTrainedModel, shape: LoraShape) -> Layers:
             parent = hf.get_submodule(name.rpartition(".")[0])
             layers[name] = LoraLinear(linear, shape.scale)
             setattr(parent, name.rpartition(".")[2], layers[name])
+    if not layers:
+        raise MassError(
+            f"lora.last={shape.last}: no layer of lora.targets is in the last {shape.last} decoder blocks; "
+            "raise it, or name other layers"
+        )
     return layers
 
 
@@ -119,7 +124,9 @@ def _last_blocks(hf: PreTrainedModel, last: int) -> tuple[str, ...]:
             f"lora.last: {type(hf).__name__} has no list of decoder blocks; name layers in lora.targets"
         )
     if last > count:
-        raise MassError(f"lora.last={last}: this model has {count} decoder blocks")
+        raise MassError(
+            f"lora.last={last}: this model has {count} decoder blocks; take fewer than that, or null for all"
+        )
     return tuple(f"{lists[0]}.{i}." for i in range(count - last, count))
 
 

@@ -244,8 +244,7 @@ def predict_outer(
             size.append(sum(x.nbytes for x in adapter.values()))
             with _counting(first_order):
                 _first_order(model, batch, adapter, model.parts if checkpoint else None, with_kl=with_kl)
-    deep = _depth(hf, shape)
-    return Peak(_line(first_order, deep), 0, _line(size, deep))
+    return Peak(_line(first_order, _depth(hf, shape)), 0, _line(size, _depth(hf, shape)))
 
 
 @dataclass(frozen=True)
@@ -384,7 +383,7 @@ def _adapter(layers: Layers, rank: int, tasks: int, dtype: torch.dtype) -> Adapt
 
 
 def _depth(hf: PreTrainedModel, shape: LoraShape) -> int:
-    """How many blocks a pass holds something of: one below the lowest adapter keeps nothing."""
+    """How many blocks hold something in a pass: those below the lowest adapter do not."""
     return shape.last or int(hf.config.get_text_config().num_hidden_layers)
 
 

@@ -105,9 +105,7 @@ class Lora:
         ["all-linear"], "linear layers by name, e.g. q_proj; all-linear spares the head"
     )
     last: int | None = _key(
-        None,
-        "only the last so many decoder blocks have an adapter: no backward pass below them; null = all",
-        ge=1,
+        None, "adapters on the last so many decoder blocks, no backward pass below; null = all", ge=1
     )
 
 

@@ -105,7 +105,9 @@ def test_the_last_blocks_alone() -> None:
     assert list(layers) == ["model.layers.1.self_attn.q_proj", "model.layers.1.mlp.down_proj"]
     lora.detach(hf, layers)
     assert len(lora.attach(hf, LoraShape(2, 4.0, ("all-linear",), last=2))) == 14
-    with pytest.raises(MassError, match="lora.last=3: this model has 2 decoder blocks"):
+    with pytest.raises(MassError, match="lora.last=1: no layer of lora.targets is in the last 1"):
+        lora.attach(model(), LoraShape(2, 4.0, ("model.layers.0.mlp.down_proj",), last=1))
+    with pytest.raises(MassError, match="lora.last=3: this model has 2 decoder blocks; take fewer"):
         lora.attach(model(), LoraShape(2, 4.0, ("all-linear",), last=3))
 
 
