@@ -28,6 +28,7 @@ from mass.model import LanguageModel, load
 from mass.optimizers import Rule
 from mass.recipe import Recipe
 from mass.recipe import load as load_recipe
+from mass.setting import lora_shape
 from mass.shards import Shards
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -166,7 +167,7 @@ def work(recipe: Recipe, world: World, how: str, tokens: int) -> Row:
     start = reset_peak("cpu")
     shards = Shards(world.device, prefetch=r.zero.prefetch) if plan.base_is_sharded(r, world.size) else None
     hf, tokenizer = load(r.model.path, dtype=r.model.dtype, device="cpu", cache=r.model.cache, shards=shards)
-    shape = lora.LoraShape(r.lora.rank, r.lora.alpha, tuple(r.lora.targets), r.lora.last)
+    shape = lora_shape(r)
     lm = LanguageModel(hf, tokenizer, lora.attach(hf, shape), shape, r.model.path, shards)
     parts = split(hf, lm.lora)
     lm.settle()

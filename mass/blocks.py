@@ -140,6 +140,12 @@ def lowest(parts: Split) -> int:
     )
 
 
+def weights_below(parts: Split) -> int:
+    """How many weights of linear layers lie below the lowest adapter: no backward pass multiplies by them."""
+    modules = [m for block in parts.blocks[: lowest(parts)] for m in block.modules()]
+    return sum(m.weight.numel() for m in modules if isinstance(m, nn.Linear))
+
+
 def tiled(packed: Packed) -> Tiled:
     """A context in which attention over this batch leaves out what no sequence sees, by the usual kernels."""
     return Tiled(packed.tiles, written_out=False)

@@ -25,6 +25,7 @@ from rich.console import Console
 
 from mass import arms, attribution, compare, curves, filerun, pool, results, tally, votes
 from mass.arms import Arm
+from mass.blocks import weights_below
 from mass.choices import Texts, best, majority, self_made, teacher_made, uniform
 from mass.demonstrations import stated
 from mass.disjoint import held_out
@@ -296,12 +297,13 @@ def _with_model(works: Sequence[Work], tasks: Sequence[Task], verifier: Verifier
             kit = dataclasses.replace(
                 kit, texts=texts, truth=lambda p, *example: truth(by_text[p.text], *example)
             )
+            below = weights_below(kit.parts) if kit.parts else 0
             for arm, path, keys, batches, done in some:
                 begin = time.perf_counter()
                 for found in run_batches(arm.kit(kit), items, batches, arm.method, baselines=False):
                     rows = [
                         as_row(place, keys[place], record)
-                        | _verified(arm, tasks[place], record, verifier, weights)
+                        | _verified(arm, tasks[place], record, verifier, weights, below)
                         for place, record in found
                         if place not in done
                     ]
@@ -309,8 +311,10 @@ def _with_model(works: Sequence[Work], tasks: Sequence[Task], verifier: Verifier
                 _say(f"{arm.name}: done in {time.perf_counter() - begin:.1f} s")
 
 
-def _verified(arm: Arm, task: Task, record: Record, verifier: Verifier, weights: int) -> dict[str, Any]:
-    """What a row has beside its record. `weights`: how many the base model has."""
+def _verified(
+    arm: Arm, task: Task, record: Record, verifier: Verifier, weights: int, below: int
+) -> dict[str, Any]:
+    """What a row has beside its record. `weights`: how many the base model has; `below`: of these below the lowest adapter."""
     verdict = verifier.verify(record.solution, task)
     tries = _tries(arm, task, record, verifier)
     return {
@@ -318,8 +322,9 @@ def _verified(arm: Arm, task: Task, record: Record, verifier: Verifier, weights:
         "reference": task.answer,
         "score": verdict.score if math.isfinite(verdict.score) else None,
         "verdict": verdict.status,
-        # a forward pass takes two operations a weight and token, a backward pass four
-        "flops": weights * (2 * record.tokens.generated + 6 * record.tokens.trained),
+        # a forward pass takes two operations a weight and token, a backward pass four where there is one
+        "flops": weights * (2 * record.tokens.generated + 6 * record.tokens.trained)
+        - 4 * below * record.tokens.trained,
         "truth": _truth(arm, task, record),
         "tries": tries,
         "vote_rules": _vote_rules(arm, task, record, tries, verifier),

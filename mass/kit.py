@@ -19,7 +19,7 @@ from mass.choices import Kit, Teacher
 from mass.choices.guards import fisher_information
 from mass.errors import MassError
 from mass.forward import check_model
-from mass.lora import LoraLinear, LoraShape, attach, detach, load_peft, read_peft_shape
+from mass.lora import LoraLinear, attach, detach, load_peft, read_peft_shape
 from mass.methods import Method, find
 from mass.model import LanguageModel, check_tokenizer, language_model, load
 from mass.optimizers import Rule
@@ -27,7 +27,7 @@ from mass.problems import Problem, Task, load_tasks
 from mass.prompts import make_prompts
 from mass.recipe import Recipe
 from mass.scorer import Scorer
-from mass.setting import answer_sampling, example_sampling
+from mass.setting import answer_sampling, example_sampling, lora_shape
 from mass.splits import draw_pool
 
 # what a saved adapter and scorer were made with
@@ -160,11 +160,7 @@ def build_kit(plan: Plan, loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase
     # before the slots change the parameters' names
     print_of = checkpoint.fingerprint(hf.named_parameters()) if plan.step else None
     folder = plan.step / "policy" if plan.step else plan.peft
-    shape = (
-        read_peft_shape(folder)
-        if folder
-        else LoraShape(r.lora.rank, r.lora.alpha, tuple(r.lora.targets), r.lora.last)
-    )
+    shape = read_peft_shape(folder) if folder else lora_shape(r)
     lm = LanguageModel(hf, tokenizer, attach(hf, shape), shape, m.path)
     policy, head, saved_rates = None, None, {}
     if plan.step:

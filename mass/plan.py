@@ -15,10 +15,10 @@ from mass import blocks, lora, memory
 from mass.batch import Sequence, pack
 from mass.errors import MassError
 from mass.fastlinear import has_bf16_products
-from mass.lora import LoraShape
 from mass.model import DTYPES, read_config
 from mass.optimizers import Rule
 from mass.recipe import Recipe
+from mass.setting import lora_shape
 from mass.shards import gathering_bytes, unit_of
 
 PROMPT = 128
@@ -68,7 +68,7 @@ def make(recipe: Recipe, ranks: int, engines: Collection[str] = tuple(ENGINES)) 
     units = _unit_bytes(hf)
     packed = _packed_bytes(hf) if on_cpu and not sharded else 0
     linear = sum(x.weight.numel() for x in hf.modules() if isinstance(x, torch.nn.Linear)) - head.numel()
-    shape = LoraShape(r.lora.rank, r.lora.alpha, tuple(r.lora.targets), r.lora.last)
+    shape = lora_shape(r)
     layers = lora.attach(hf, shape)
     parts = blocks.find(hf, layers)
     text = config.get_text_config()
@@ -135,9 +135,7 @@ def make(recipe: Recipe, ranks: int, engines: Collection[str] = tuple(ENGINES)) 
     if sharded and r.zero.hold_base:
         # beside the rank's own part; nothing is gathered meanwhile
         generating["base held whole"] = max(0, sum(units) - memory_parts["gathered units"])
-    unadapted = [m for block in parts.blocks[: blocks.lowest(parts)] for m in block.modules()]
-    below = sum(m.weight.numel() for m in unadapted if isinstance(m, torch.nn.Linear))
-    flops = _flops(r, linear, head.numel(), below)
+    flops = _flops(r, linear, head.numel(), blocks.weights_below(parts))
     sent = {"gradients": 2 * 4.0 * adapter * 2 * (ranks - 1) / ranks}
     if sharded:
         T_parts = -(-r.outer.tasks // T)

@@ -20,7 +20,7 @@ from mass.problems import Task
 from mass.prompts import Prompts, make_prompts
 from mass.recipe import Recipe
 from mass.rewards import Verifier, require
-from mass.setting import Setting, rate_name
+from mass.setting import Setting, lora_shape, rate_name
 from mass.shards import Shards
 from mass.sources import Tasks, load_all
 
@@ -61,7 +61,7 @@ def make_setting(
     )
     fingerprint = checkpoint.fingerprint(shards.named_parameters(hf) if shards else hf.named_parameters())
     check_model(hf)
-    shape = lora.LoraShape(recipe.lora.rank, recipe.lora.alpha, tuple(recipe.lora.targets), recipe.lora.last)
+    shape = lora_shape(recipe)
     lm = LanguageModel(hf, tokenizer, lora.attach(hf, shape), shape, m.path, shards)
     parts, mode = _engine(recipe, lm)
     lm.settle()
@@ -119,7 +119,7 @@ def _choose(
         chosen[0] = memory.choose(
             lm.hf,
             parts,
-            lora.LoraShape(r.lora.rank, r.lora.alpha, tuple(r.lora.targets), r.lora.last),
+            lora_shape(r),
             examples,
             answers,
             steps=r.inner.steps,

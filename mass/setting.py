@@ -13,7 +13,7 @@ from mass.batch import Packed
 from mass.blocks import Split
 from mass.choices import Kit
 from mass.choices.kit import untrained
-from mass.lora import Adapter, expand
+from mass.lora import Adapter, LoraShape, expand
 from mass.metagrad import Products
 from mass.model import LanguageModel
 from mass.optimizers import Rule
@@ -114,6 +114,12 @@ def draw_shots(setting: Setting, tasks: Seq[Task]) -> list[Shots]:
     r = setting.recipe
     solve, pairs = r.prompt.solve_shots, r.prompt.generate_shots
     return [pick_shots(setting.pool, solve, r.run.seed, t.problem.id, pairs=pairs) for t in tasks]
+
+
+def lora_shape(recipe: Recipe) -> LoraShape:
+    """The adapter that `lora` asks for."""
+    own = recipe.lora
+    return LoraShape(own.rank, own.alpha, tuple(own.targets), own.last)
 
 
 def example_sampling(recipe: Recipe) -> Sampling:

@@ -133,6 +133,36 @@ def test_an_arm_answers_as_its_method_does_alone(run: Path, done: Path) -> None:
     assert {row["vote_rules"]["one"] for row in vote} == {True, False}
 
 
+def test_operations_are_those_of_the_blocks_that_a_gradient_reaches(tmp_path: Path) -> None:
+    argv = [
+        "--model",
+        "tiny:llama",
+        "--problems",
+        "gym:chain_sum",
+        "--methods",
+        "none,random",
+        "--limit",
+        "2",
+    ]
+    keys = ["model.dtype=fp32", "problems.train=[gym:chain_sum]", "problems.size=20", "prompt.style=plain"]
+    keys += ["prompt.pool=4", "prompt.generate_shots=1", "generate.examples=2", "generate.answer_tokens=4"]
+    found = {}
+    for last in ("null", "1"):
+        assert evaluate.main([*argv, "--out", str(tmp_path / last), *keys, f"lora.last={last}"]) == 0
+        found[last] = {method: rows(tmp_path / last / f"{method}.jsonl") for method in ("none", "random")}
+    model = load("tiny:llama", dtype="fp32", device="cpu")[0]
+    lower = model.model.layers[:-1]
+    below = sum(m.weight.numel() for m in lower.modules() if isinstance(m, torch.nn.Linear))
+    assert below > 0
+    forward = 2 * sum(x.numel() for x in model.parameters())
+    for whole, upper in zip(found["null"]["random"], found["1"]["random"], strict=True):
+        tokens = whole["tokens"]
+        assert tokens["trained"] == upper["tokens"]["trained"] > 0
+        written = tokens["generated"] - upper["tokens"]["generated"]
+        assert whole["flops"] - upper["flops"] == 4 * below * tokens["trained"] + forward * written
+    assert [x["flops"] for x in found["null"]["none"]] == [x["flops"] for x in found["1"]["none"]]
+
+
 def test_every_try_of_a_vote_is_verified(run: Path, tmp_path: Path) -> None:
     tasks = evaluate.held_out(plan(str(run), None), [], made=False).tasks
     kit = build_kit(plan(str(run), None))
