@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -241,7 +242,8 @@ def read_peft_shape(folder: Path) -> LoraShape:
     targets = config["target_modules"]
     if config.get("layers_to_transform") is not None:
         # which layers those are is written in the names of the tensors
-        targets = sorted({key.rpartition(".")[0] for key in _tensors(folder, "cpu")})
+        with _opened(folder, "cpu") as (_, names):
+            targets = sorted({key.rpartition(".")[0] for key in names})
     return LoraShape(rank, alpha, (targets,) if isinstance(targets, str) else tuple(sorted(targets)))
 
 
@@ -272,17 +274,24 @@ def load_peft(folder: Path, layers: Layers, device: torch.device | str = "cpu") 
 
 def _tensors(folder: Path, device: torch.device | str) -> Adapter:
     """What an adapter's file holds, fp32, under our names."""
+    with _opened(folder, device) as (file, names):
+        return {ours: file.get_tensor(theirs).float() for ours, theirs in names.items()}
+
+
+@contextlib.contextmanager
+def _opened(folder: Path, device: torch.device | str) -> Iterator[tuple[Any, dict[str, str]]]:
+    """An adapter's file, and its names of tensors by ours."""
     path = folder / "adapter_model.safetensors"
     if not path.exists():
         raise MassError(
             f"{folder}: no adapter_model.safetensors (pickled adapter_model.bin files are not read)"
         )
-    adapter: Adapter = {}
+    names = {}
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             for key in file.keys():  # noqa: SIM118 (safe_open is no dict)
                 name, _, kind = key.removeprefix(PEFT_PREFIX).removesuffix(".weight").rpartition(".lora_")
-                adapter[f"{name}.{kind}"] = file.get_tensor(key).float()
+                names[f"{name}.{kind}"] = key
+            yield file, names
     except SafetensorError as error:
         raise MassError(f"{path} is damaged ({error}): save or download the adapter again") from None
-    return adapter
