@@ -7,7 +7,6 @@ arithmetic. Not counted: what an allocator wastes between blocks, and workspaces
 """
 
 import contextlib
-import copy
 import ctypes
 import platform
 import weakref
@@ -22,7 +21,7 @@ from torch import Tensor
 # The module that PyTorch's own page on fake tensors imports from; there is no public name for them.
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from mass import metagrad, optimizers
 from mass.batch import Packed
@@ -30,13 +29,11 @@ from mass.blocks import Split
 from mass.errors import MassError
 from mass.forward import example_loss, loss_and_grad, reference_states
 from mass.inner import Step
-from mass.lora import Adapter, Layers, LoraShape, attach
+from mass.lora import Adapter, Layers, LoraShape
 from mass.optimizers import Rule
+from mass.shallow import DEPTHS, Copy, depth_of, line, shallow
 
 Engine = Literal["reverse", "blockwise", "finite_difference"]
-
-# The two depths that are tried. One block would hide what a block's neighbour keeps alive.
-DEPTHS = (2, 3)
 
 
 @dataclass(frozen=True)
@@ -114,37 +111,6 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
         yield from _tensors(list(tree.values()))
 
 
-@dataclass(frozen=True)
-class _Copy:
-    """A shallow copy of the model, of fake tensors."""
-
-    hf: PreTrainedModel
-    layers: Layers
-    parts: Split | None
-
-
-def _shallow(hf: PreTrainedModel, parts: Split | None, shape: LoraShape, depth: int) -> _Copy:
-    """The model's architecture with `depth` blocks, all with adapters. Call it under a FakeTensorMode."""
-    config = copy.deepcopy(hf.config)
-    text = config.get_text_config()
-    text.num_hidden_layers = depth
-    if getattr(text, "layer_types", None):
-        kinds = text.layer_types
-        text.layer_types = [kinds[i % len(kinds)] for i in range(depth)]
-    dtype = next(hf.parameters()).dtype
-    fake = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
-    layers = attach(fake, replace(shape, last=None))
-    if parts is None:
-        return _Copy(fake, layers, None)
-    names = {id(module): name for name, module in parts.body.named_modules()}
-    where = names[id(parts.blocks[0])].rpartition(".")[0]
-    blocks = list(fake.base_model.get_submodule(where).children())
-    norm = fake.base_model.get_submodule(names[id(parts.norm)])
-    stem = parts.prefix[0].removesuffix("0.")
-    prefix = [f"{stem}{i}." for i in range(depth)]
-    return _Copy(fake, layers, Split(fake.base_model, blocks, prefix, norm, layers))
-
-
 def predict(
     hf: PreTrainedModel,
     parts: Split | None,
@@ -187,7 +153,7 @@ def predict(
         examples, last = (_fake(packed, mode) for packed in (inner, outer))
         weight_TN = torch.ones(examples.count_TN.shape, dtype=exact)
         for depth in DEPTHS:
-            model = _shallow(hf, parts, shape, depth)
+            model = shallow(hf, parts, shape, depth)
             adapter = _adapter(model.layers, shape.rank, T, exact)
             size.append(sum(x.nbytes for x in adapter.values()))
             own = model.parts if checkpoint else None
@@ -208,10 +174,10 @@ def predict(
                     _first_order(model, last, adapter, own)
                 while taken:
                     products(Step(adapter, {}, taken.pop(), weight_TN), grad, need_hessian)
-    deep = _depth(hf, shape)
+    deep = depth_of(hf, parts, shape)
     if measure:
-        known[checkpoint] = max(_line(first_order, deep), _line(writing, deep) if writing else 0)
-    one = _line(size, deep)
+        known[checkpoint] = max(line(first_order, deep), line(writing, deep) if writing else 0)
+    one = line(size, deep)
     # An inner step keeps where it started, its gradient and the optimizer's state; then there are the adapted adapter,
     # the outer gradient, and on the way back lam, mu and the cotangent of the state.
     states = len(optimizers.init(rule, {"x": torch.zeros(1, 1, 1)}))
@@ -219,7 +185,7 @@ def predict(
     spared = not keep_grads and optimizers.is_plain(rule) and rule.clip is None
     grads = 0 if spared else steps - recorded
     kept = one * (steps * (1 + states) + grads + 1) * loops
-    return Peak(known[checkpoint], _line(sweep, deep) + one * (3 + states), kept)
+    return Peak(known[checkpoint], line(sweep, deep) + one * (3 + states), kept)
 
 
 def predict_outer(
@@ -239,12 +205,13 @@ def predict_outer(
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         batch = _fake(outer, mode)
         for depth in DEPTHS:
-            model = _shallow(hf, parts, shape, depth)
+            model = shallow(hf, parts, shape, depth)
             adapter = _adapter(model.layers, shape.rank, 1, exact)
             size.append(sum(x.nbytes for x in adapter.values()))
             with _counting(first_order):
                 _first_order(model, batch, adapter, model.parts if checkpoint else None, with_kl=with_kl)
-    return Peak(_line(first_order, _depth(hf, shape)), 0, _line(size, _depth(hf, shape)))
+    deep = depth_of(hf, parts, shape)
+    return Peak(line(first_order, deep), 0, line(size, deep))
 
 
 @dataclass(frozen=True)
@@ -345,7 +312,7 @@ def return_freed_memory() -> bool:
 
 
 def _first_order(
-    model: _Copy, packed: Packed, adapter: Adapter, parts: Split | None, *, with_kl: bool = False
+    model: Copy, packed: Packed, adapter: Adapter, parts: Split | None, *, with_kl: bool = False
 ) -> None:
     def loss(logprob_M: Tensor, *kl_M: Tensor) -> Tensor:
         return torch.stack([example_loss(packed, x).sum() for x in (logprob_M, *kl_M)]).sum()
@@ -355,7 +322,7 @@ def _first_order(
 
 
 def _products(
-    model: _Copy, packed: Packed, weight_TN: Tensor, engine: Engine, recompute: bool, parts: Split | None
+    model: Copy, packed: Packed, weight_TN: Tensor, engine: Engine, recompute: bool, parts: Split | None
 ) -> metagrad.Products:
     if engine == "reverse":
         return metagrad.Reverse(model.hf, model.layers, packed, weight_TN)
@@ -382,19 +349,8 @@ def _adapter(layers: Layers, rank: int, tasks: int, dtype: torch.dtype) -> Adapt
     return adapter
 
 
-def _depth(hf: PreTrainedModel, shape: LoraShape) -> int:
-    """How many blocks hold something in a pass: those below the lowest adapter do not."""
-    return shape.last or int(hf.config.get_text_config().num_hidden_layers)
-
-
 @contextlib.contextmanager
 def _counting(peaks: list[int]) -> Iterator[None]:
     with Live() as live:
         yield
     peaks.append(live.peak)
-
-
-def _line(values: list[int], depth: int) -> int:
-    """The value at `depth`, from those at DEPTHS."""
-    slope = (values[1] - values[0]) / (DEPTHS[1] - DEPTHS[0])
-    return round(values[1] + slope * (depth - DEPTHS[1]))

@@ -156,6 +156,18 @@ def test_depth_is_drawn_out_and_blockwise_hardly_grows_with_it() -> None:
     assert 0 < growth["blockwise"] < growth["reverse"] / 3
 
 
+def test_layers_named_in_full_are_planned_as_the_blocks_that_they_are_of() -> None:
+    """What an adapter of the last 3 of 8 blocks takes, whichever way its layers are named."""
+    peaks = []
+    for names in ("down_proj", "model.layers.{}.mlp.down_proj", "layers.{}.mlp.down_proj"):
+        hf, _ = tiny("llama", torch.float32, num_hidden_layers=8)
+        last = 3 if names == "down_proj" else None
+        shape = LoraShape(4, 8.0, (names,) if last else tuple(names.format(i) for i in (5, 6, 7)), last)
+        parts = split(hf, attach(hf, shape))
+        peaks.append(memory.predict(hf, parts, shape, batch(2), batch(2, 1), engine="blockwise", steps=2))
+    assert peaks[0] == peaks[1] == peaks[2]
+
+
 @pytest.mark.parametrize("engine", ["reverse", "blockwise"])
 def test_blocks_below_the_lowest_adapter_hold_nothing(engine: memory.Engine) -> None:
     """Adapters on the last 3 of 8 blocks: predicted as what a sweep of the whole model really holds at its peak."""
