@@ -64,7 +64,7 @@ TAGS = {
     "time/outer": "seconds of the outer loss and of sampling and verifying answers",
     "time/meta": "seconds of the meta-gradient sweep",
     "time/left_out": "seconds of the inner loops without one example each, and of the outer losses after them",
-    "time/policy": "seconds of the generator and solver losses and of the outer optimizer",
+    "time/policy": "seconds of the generator loss and its gradient",
     "time/gather": "seconds of waiting for other ranks' parts of a sharded base, within the other times",
     "time/save": "seconds of the last save",
     "time/evaluate": "seconds of the last held-out evaluation",
