@@ -44,12 +44,14 @@ _locks: dict[Path, int] = {}
 class Run:
     """An open run folder, and the step folder to continue from (None: a new run).
 
-    changed: "key: old -> new" for each recipe key that is not as the run was made with. aside: later steps, renamed.
+    changed: "key: old -> new" for each recipe key that is not as the run was made with. recipe: the text of the new one.
+    aside: later steps, renamed by `commit`.
     """
 
     folder: Path
     start: Path | None = None
     changed: tuple[str, ...] = ()
+    recipe: str = ""
     aside: tuple[str, ...] = ()
 
 
@@ -57,9 +59,9 @@ def open_run(folder: Path, name: str, recipe_yaml: str, resume: str | Path) -> R
     """Make or reopen the run folder `folder/name`; on one rank only, before the model is loaded.
 
     resume: "no" makes a new run; "auto" continues the run from its newest step, or makes a new one; a step folder
-    of this run continues there and sets its later steps aside (renamed to *.left-<time>); one of another run starts
-    a new run from that state. Raises MassError where a run would be overwritten or is in use by another process,
-    the step is damaged, or the recipe asks for another network than the one saved.
+    of this run continues there; one of another run starts a new run from that state. What is in the folder stays as it
+    is until `commit`, so that a call that is refused changes no run. Raises MassError where a run would be overwritten
+    or is in use by another process, the step is damaged, or the recipe asks for another network than the one saved.
     """
     if Path(name).name != name or name in ("", "..") or STEP.fullmatch(name):
         raise MassError(
@@ -73,19 +75,31 @@ def open_run(folder: Path, name: str, recipe_yaml: str, resume: str | Path) -> R
             shutil.rmtree(rest) if rest.is_dir() else rest.unlink()
         start = _start(root, str(resume))
         changed: tuple[str, ...] = ()
-        aside = []
         if start is not None:
             verify(start)
             changed = _changes(start, recipe_yaml)
-            if start.parent.resolve() == root.resolve():
-                aside = [_set_aside(step) for step in steps(root) if number(step) > number(start)]
-                write_atomic(root / "latest", start.name + "\n")
-        write_atomic(root / "recipe.yaml", recipe_yaml)
     except OSError as error:
-        raise MassError(
-            f"run.folder: {root} cannot be written ({error}). Choose another run.folder"
-        ) from error
-    return Run(root, start, changed, tuple(aside))
+        raise _not_writable(root, error) from error
+    return Run(root, start, changed, recipe_yaml)
+
+
+def commit(run: Run) -> Run:
+    """Begin to train in an open run folder: write its recipe, and set the steps behind `start` aside (renamed to
+    *.left-<time>); on one rank only, when nothing can refuse the call any more.
+    """
+    aside: list[str] = []
+    try:
+        if run.start is not None and run.start.parent.resolve() == run.folder.resolve():
+            aside = [_set_aside(step) for step in steps(run.folder) if number(step) > number(run.start)]
+            write_atomic(run.folder / "latest", run.start.name + "\n")
+        write_atomic(run.folder / "recipe.yaml", run.recipe)
+    except OSError as error:
+        raise _not_writable(run.folder, error) from error
+    return dataclasses.replace(run, aside=tuple(aside))
+
+
+def _not_writable(root: Path, error: OSError) -> MassError:
+    return MassError(f"run.folder: {root} cannot be written ({error}). Choose another run.folder")
 
 
 def save(run: Run, step: int, contents: Contents, keep: int) -> Path:

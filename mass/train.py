@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,12 @@ def train(recipe: Recipe) -> None:
 
 def _train(recipe: Recipe, world: World, watch: Watchdog) -> None:
     deepspeed_config(recipe, world)  # its errors come before the model is loaded
-    run = _open(recipe, world)
+    run = _on_main(
+        world,
+        lambda: checkpoint.open_run(
+            Path(recipe.run.folder), recipe.run.name, dump(recipe), recipe.run.resume
+        ),
+    )
     train_tasks, heldout, pool = tasks_of(recipe)
     saved_engine = checkpoint.read_meta(run.start)["extra"]["engine"] if run.start else None
     if world.main:
@@ -85,6 +90,8 @@ def _train(recipe: Recipe, world: World, watch: Watchdog) -> None:
                 f"outer.steps={recipe.outer.steps}: {run.start} is at step {first} already. Raise outer.steps"
             )
         state.restore(outer, contents, world)
+    opened = run
+    run = _on_main(world, lambda: checkpoint.commit(opened))
     log = RunLog(
         run.folder,
         rank=world.rank,
@@ -205,14 +212,12 @@ def _say(text: str) -> None:
     print(f"mass-train: {text}", file=sys.stderr, flush=True)
 
 
-def _open(recipe: Recipe, world: World) -> Run:
-    """Open the run folder on rank 0 and tell the others; an error there is every rank's error."""
+def _on_main(world: World, work: Callable[[], Run]) -> Run:
+    """Have rank 0 do what is done to the run folder and tell the others; an error there is every rank's error."""
     found: list[Any] = [None]
     if world.main:
         try:
-            found = [
-                checkpoint.open_run(Path(recipe.run.folder), recipe.run.name, dump(recipe), recipe.run.resume)
-            ]
+            found = [work()]
         except MassError as error:
             found = [error]
     if world.size > 1:

@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from mass import checkpoint
-from mass.checkpoint import open_run
+from mass.checkpoint import commit, open_run
 from mass.lora import LoraShape, attach, fresh
 from mass.model import load
 from mass.scorer import Scorer
@@ -79,7 +79,7 @@ def save_run(
     fingerprint = checkpoint.fingerprint(hf.named_parameters())
     shape = LoraShape(2, 4.0, ("all-linear",))
     layers = attach(hf, shape)
-    opened = open_run(root, recipe["run"]["name"], yaml.safe_dump(recipe), "no")
+    opened = commit(open_run(root, recipe["run"]["name"], yaml.safe_dump(recipe), "no"))
     for step, seed, scorer_seed in seeds:
         generator = torch.Generator().manual_seed(seed)
         policy = {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import mass
-from mass.checkpoint import Run, open_run, steps
+from mass.checkpoint import Run, commit, open_run, steps
 from mass.lora import Layers, LoraLinear, LoraShape, fresh
 from mass.stepfolder import Contents
 
@@ -73,7 +73,7 @@ def assert_same(got: Contents, want: Contents) -> None:
 
 
 def begin(tmp_path: Path, resume: str | Path = "no", recipe: str = RECIPE, name: str = "a") -> Run:
-    return open_run(tmp_path, name, recipe, resume)
+    return commit(open_run(tmp_path, name, recipe, resume))
 
 
 def names(run: Run) -> list[str]:

@@ -5,7 +5,7 @@ import os
 import pytest
 from saves import RECIPE, assert_same, begin, contents, hidden, make_layers, names, python
 
-from mass.checkpoint import load, save
+from mass.checkpoint import commit, load, open_run, save
 from mass.errors import MassError
 
 
@@ -70,6 +70,20 @@ def test_going_back_sets_later_steps_aside_and_retention_ignores_them(tmp_path):
     save(run, 20, contents(99), keep=1)
     assert names(run) == ["step_000020"]
     assert_same(load(run.folder, make_layers()), contents(99))
+
+
+def test_nothing_of_a_run_changes_before_the_call_is_sure(tmp_path):
+    run = begin(tmp_path)
+    for step in (10, 20):
+        save(run, step, contents(step), keep=0)
+    before = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
+    recipe = RECIPE.replace("seed: 0", "seed: 1")
+    again = open_run(tmp_path, "a", recipe, run.folder / "step_000010")
+    assert again.changed == ("run.seed: 0 -> 1",) and again.aside == ()
+    assert {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()} == before
+    assert len(commit(again).aside) == 1 and names(run) == ["step_000010"]
+    assert (run.folder / "recipe.yaml").read_text() == recipe
+    assert (run.folder / "latest").read_text() == "step_000010\n"
 
 
 def test_a_step_of_another_run_starts_a_new_one(tmp_path):

@@ -242,6 +242,9 @@ def test_bad_input_ends_with_one_clear_sentence_and_no_half_written_file(
     one_sentence(refused(world=2), "run.resume=auto", "run.name")
     one_sentence(refused("run.resume=auto", "lora.rank=4"), "lora.rank")
     one_sentence(refused("run.resume=auto", "model.path=tiny:llama"), "model.path")
+    # what is found only when the model is loaded
+    other = lines(tmp_path / "other.jsonl", *(recipe.parent / "problems.jsonl").read_text().splitlines()[:-1])
+    text = one_sentence(refused("run.resume=auto", f"problems.train={other}", "inner.lr=9"), "changed since")
     after = {path: path.read_bytes() for path in runs.rglob("*") if path.is_file() and path.name != ".lock"}
     assert before == after
 
