@@ -49,8 +49,10 @@ def make_app(
     limits: Limits = Limits(),
     token: str | None = None,
     threads: int = 1,
+    host: str = "localhost",
 ) -> FastAPI:
-    """The service of one model, called `name`; `name` alone is the method `default`. `token`: what a request must carry."""
+    """The service of one model, called `name`; `name` alone is the method `default`. `token`: what a request must carry.
+    `host`: the address of this machine that it listens on."""
     methods = [m for m in [*METHODS, AUTO] if _usable(kit, m)]
     batcher = Batcher(kit, batch=batch, window=window, queue=limits.queue, threads=threads)
     metrics = Metrics(batcher)
@@ -63,7 +65,7 @@ def make_app(
     app = FastAPI(title="mass", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     if token is None:
         # a page in the user's browser must not reach us through a name of its own
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]"])
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]", host])
     app.state.batcher = batcher
 
     @app.exception_handler(Refusal)
@@ -135,7 +137,7 @@ def make_app(
         async for done in _wait(request, batcher, job, limits):
             if done is not None:
                 metrics.count(done)
-                return JSONResponse(_completion(done, asked.model, most))
+                return JSONResponse(_completion(done, asked.model))
         metrics.requests.labels(499).inc()
         # the client has left: nobody reads this
         return Response(status_code=499)
@@ -245,7 +247,7 @@ async def _events(
                 continue
             answered = True
             metrics.count(done)
-            whole = _completion(done, model, job.max_tokens)
+            whole = _completion(done, model)
             (choice,) = whole["choices"]
             yield event({"content": choice["message"]["content"]})
             yield event({}, choice["finish_reason"], mass=whole["mass"])
@@ -263,7 +265,7 @@ async def _events(
         batcher.leave(job)
 
 
-def _completion(done: Done, model: str, most: int) -> dict[str, Any]:
+def _completion(done: Done, model: str) -> dict[str, Any]:
     record = done.record
     message = {"role": "assistant", "content": record.solution, "refusal": None}
     spent = {"prompt_tokens": done.prompt_tokens, "completion_tokens": record.tokens.generated}

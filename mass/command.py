@@ -250,7 +250,9 @@ def _problems(args: argparse.Namespace, r: Recipe) -> list[Item]:
         )
     if args.problem is not None:
         return [text_problem(args.problem)]
-    return load_problems(args.file or "-", demonstrations=r.problems.demonstrations, seed=r.run.seed)
+    return load_problems(
+        "-" if args.file is None else args.file, demonstrations=r.problems.demonstrations, seed=r.run.seed
+    )
 
 
 def _silence(out: IO[str]) -> None:

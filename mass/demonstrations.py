@@ -139,4 +139,4 @@ def set_aside(
 
 
 def _order(seed: int, text: str) -> bytes:
-    return hashlib.sha256(f"{seed}:demonstrations:{text}".encode()).digest()
+    return hashlib.sha256(f"{seed}:demonstrations:{text}".encode("utf-8", "surrogatepass")).digest()

@@ -1,14 +1,18 @@
 """The problems of an evaluation: none that a run of one of its arms has trained on or shows in its prompts."""
 
+import itertools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
+from mass import checkpoint
 from mass.arms import Arm
 from mass.errors import MassError
 from mass.kit import Plan
 from mass.problems import Task, content_key
 from mass.recipe import load as load_recipe
 from mass.sources import load_all, load_named
+from mass.splits import digest
 
 
 class Problems(NamedTuple):
@@ -21,6 +25,16 @@ class Problems(NamedTuple):
     trained: list[str]
 
 
+def _check_same(step: Path, train: Sequence[Task]) -> None:
+    """Raise MassError unless these are the problems that a run was trained on: else nobody knows which those were."""
+    saved = checkpoint.read_meta(step).get("cursor", {}).get("digest")
+    if saved is not None and saved != digest(train):
+        raise MassError(
+            f"{step.parent}: the problems that it was trained on have changed since (problems.train of its recipe.yaml), so "
+            "which of these problems it has met cannot be told. Restore them, or train again"
+        )
+
+
 def held_out(wanted: Plan, chosen: Sequence[Arm], *, made: bool, limit: int | None = None) -> Problems:
     """The problems to answer: those of the run, or (`made`) those of the recipe's problems.heldout alone.
 
@@ -29,11 +43,12 @@ def held_out(wanted: Plan, chosen: Sequence[Arm], *, made: bool, limit: int | No
     recipe = wanted.recipe
     met: set[str] = set()
     sources: set[str] = set()
-    runs = {arm.plan.step.parent for arm in chosen if arm.plan.step}
-    runs |= {wanted.step.parent} if wanted.step else set()
-    for run in sorted(runs):
+    begun = {arm.plan.step for arm in chosen if arm.plan.step} | ({wanted.step} if wanted.step else set())
+    for run, own_steps in itertools.groupby(sorted(begun), key=lambda step: step.parent):
         # as it was trained, whatever this call changes
         own = load_all(load_recipe(run / "recipe.yaml", [], training=False))
+        for step in own_steps:
+            _check_same(step, own.train)
         met |= {content_key(task.problem.text) for task in [*own.train, *own.pool]}
         sources |= {task.source for task in own.train}
     if not wanted.step:

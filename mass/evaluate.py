@@ -8,14 +8,16 @@ made.
 import argparse
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import itertools
 import json
 import math
+import os
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +30,7 @@ from mass.arms import Arm
 from mass.blocks import weights_below
 from mass.choices import Texts, best, majority, self_made, teacher_made, uniform
 from mass.demonstrations import stated
-from mass.disjoint import held_out
+from mass.disjoint import Problems, held_out
 from mass.errors import MassError
 from mass.filerun import as_line, as_row, group, key_of, run_batches
 from mass.kit import Plan, build_kit, lent, plan
@@ -167,7 +169,21 @@ def _run(args: argparse.Namespace, words: Sequence[str]) -> dict[str, Any] | Non
     share.leave()
     if not whole:
         return None
-    # the process that is left does it
+    # the process that is left does the rest: one, where several have found all answers there
+    with _claimed(folder) as ours:
+        return _measured(args, words, wanted, chosen, problems, some, folder) if ours else None
+
+
+def _measured(
+    args: argparse.Namespace,
+    words: Sequence[str],
+    wanted: Plan,
+    chosen: Sequence[Arm],
+    problems: Problems,
+    some: Sequence[Task],
+    folder: Path,
+) -> dict[str, Any]:
+    """What all answers together say, and the credit of the examples of `some` problems; written into `folder`."""
     credit = attribution.measure(wanted, some, args.batch, _say) if some else None
     if credit:
         write_atomic(folder / "credit.json", json.dumps(credit, indent=1, allow_nan=False) + "\n")
@@ -242,13 +258,28 @@ class Work(NamedTuple):
     done: set[int]
 
 
+@contextlib.contextmanager
+def _claimed(folder: Path) -> Iterator[bool]:
+    """Whether no other process holds this folder; as long as the context lasts it is ours."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(handle)
+
+
 def answer_all(
     chosen: Sequence[Arm], tasks: Sequence[Task], folder: Path, batch: int, share: Share | None = None
 ) -> bool:
     """Answer what the files of the arms do not hold yet. A model is loaded once for all arms that use it.
 
     `share`: of several processes each takes its part of every arm's batches. True when all answers are there; False when
-    another process has some still to give.
+    another process has some still to give, or the table.
     """
     share = share or Share()
     items = [task.problem for task in tasks]
@@ -264,6 +295,9 @@ def answer_all(
         # a batch of which a kill has left a part is done again whole: rounding depends on who shares it
         left = [some for some in batches[share.rank :: share.size] if not done.issuperset(some)]
         works.append(Work(arm, path, keys, left, done))
+    if share.rank and all(len(work.done) == len(items) for work in works):
+        # nothing is left to wait for: the first process has the word
+        return False
     todo = [work for work in works if work.batches]
     # arms of one model, and of one kit, together; otherwise in the order they were asked for
     models, kits = [_model(work) for work in todo], [_loaded(work) for work in todo]

@@ -26,6 +26,7 @@ from mass.optimizers import Rule
 from mass.problems import Problem, Task, load_tasks
 from mass.prompts import make_prompts
 from mass.recipe import Recipe
+from mass.rows import json_lines
 from mass.scorer import Scorer
 from mass.setting import answer_sampling, example_sampling, lora_shape
 from mass.splits import draw_pool
@@ -132,6 +133,8 @@ def settings_key(plan: Plan) -> str:
         if plan.peft
         else []
     )
+    # without a run shots are drawn from these
+    files += [] if plan.step else [Path(source) for source in plan.recipe.problems.train]
     for path in files:
         # the hash of each file of a step is in its meta.json
         digest.update(path.read_bytes() if path.is_file() else b"")
@@ -289,10 +292,9 @@ def _pool(plan: Plan) -> list[Task]:
                 )
             return []
         try:
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
             return [
                 Task(Problem(x["id"], x["problem"]), x["answer"], x["solution"], x["source"], "exact")
-                for x in rows
+                for _, x in json_lines(path.read_bytes())
             ]
         except (ValueError, KeyError, TypeError) as error:
             raise MassError(

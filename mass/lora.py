@@ -25,6 +25,20 @@ from mass.errors import MassError
 
 Adapter = dict[str, Tensor]
 PEFT_PREFIX = "base_model.model."
+# keys of adapter_config.json of what is more, or other, than one low-rank update of each layer
+_NOT_PLAIN = (
+    "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "fan_in_fan_out",
+    "lora_bias",
+    "target_parameters",
+    "trainable_token_indices",
+    "alora_invocation_tokens",
+)
+# beginnings of PEFT's init_lora_weights that subtract the first update from the base
+_MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class LoraLinear(nn.Module):
@@ -227,11 +241,17 @@ def read_peft_shape(folder: Path) -> LoraShape:
         raise MassError(
             f"{path}: peft_type is {config.get('peft_type')!r}; only LORA adapters can be adapted further"
         )
-    for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out"):
+    for key in _NOT_PLAIN:
         if config.get(key):
             raise MassError(
                 f"{path}: {key}={config[key]!r} is not supported; export the adapter as plain LoRA"
             )
+    how = str(config.get("init_lora_weights", True)).lower()
+    if how.startswith(_MOVES_BASE):
+        raise MassError(
+            f"{path}: init_lora_weights={how!r} belongs to a base model whose weights PEFT changes on loading; export the "
+            "adapter as plain LoRA (save_pretrained with path_initial_model_for_weight_conversion)"
+        )
     if config.get("bias", "none") != "none":
         raise MassError(
             f"{path}: bias={config['bias']!r} is not supported; export the adapter with bias='none'"
@@ -240,8 +260,12 @@ def read_peft_shape(folder: Path) -> LoraShape:
     if config.get("use_rslora"):
         alpha *= math.sqrt(rank)
     targets = config["target_modules"]
-    if config.get("layers_to_transform") is not None:
-        # which layers those are is written in the names of the tensors
+    if (
+        config.get("layers_to_transform") is not None
+        or config.get("exclude_modules")
+        or isinstance(targets, str)
+    ):
+        # which layers those are is written in the names of the tensors (a text is a regular expression)
         with _opened(folder, "cpu") as (_, names):
             targets = sorted({key.rpartition(".")[0] for key in names})
     return LoraShape(rank, alpha, (targets,) if isinstance(targets, str) else tuple(sorted(targets)))

@@ -7,8 +7,6 @@ arithmetic. Not counted: what an allocator wastes between blocks, and workspaces
 """
 
 import contextlib
-import ctypes
-import platform
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
@@ -298,17 +296,6 @@ def free_bytes(device: torch.device) -> float:
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return float(torch.cuda.mem_get_info(device)[0] + unused)
     return float(psutil.virtual_memory().available)
-
-
-def return_freed_memory() -> bool:
-    """Let glibc give freed blocks of 1 MiB and more back to the system at once; True where that could be set.
-
-    By default it keeps them (its threshold grows to 32 MiB), and a CPU process can hold over twice what its tensors need.
-    The price is page faults: up to a tenth more time in a small trial.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if platform.system() == "Linux" else None
-    # M_MMAP_THRESHOLD is -3; setting it stops it from growing (mallopt(3))
-    return bool(mallopt and mallopt(-3, 1 << 20))
 
 
 def _first_order(

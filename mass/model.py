@@ -40,7 +40,7 @@ from mass.cache import cache_folder, first_line, once, say
 from mass.errors import MassError
 from mass.fastlinear import has_bf16_products
 from mass.lora import Layers, LoraShape, attach
-from mass.pretrain import pretrain
+from mass.pretrain import config_of, pretrain, word_tokenizer
 from mass.shards import Shards
 from mass.tiny import tiny
 from mass.weights import Weights, read_sharded
@@ -136,10 +136,17 @@ def load(
     return hf.eval().requires_grad_(False), tokenizer
 
 
-def read_config(path: str, dtype: str, cache: str | Path | None = None) -> Any:
+def read_config(
+    path: str,
+    dtype: str,
+    cache: str | Path | None = None,
+    world: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Any:
     """The Hugging Face config of what `load` would load; no weights (a GGUF file is converted on first use)."""
     if path.startswith("tiny:"):
         return tiny(path.removeprefix("tiny:"))[0].config
+    if path.startswith("world:"):
+        return config_of(word_tokenizer(worlds.find(path, world).words))
     source = str(_converted(path, dtype, cache)) if path.startswith("package:") else _folder_or_hub_id(path)
     try:
         config = AutoConfig.from_pretrained(
@@ -236,7 +243,10 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Any, path: str) 
             )
         tokenizer.pad_token = tokenizer.eos_token
     rows = config.get_text_config().vocab_size
-    if len(tokenizer) > rows:
+    # Added special tokens without a row are harmless (CodeLlama, Gemma): text is never read as one. Others may be.
+    used = [tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id]
+    used += [i for i, token in tokenizer.added_tokens_decoder.items() if not token.special]
+    if tokenizer.vocab_size > rows or any(i is not None and i >= rows for i in used):
         raise MassError(
             f"model.path={path}: the tokenizer has {len(tokenizer)} tokens and the model embeds {rows}. "
             "They are not of one model; use the tokenizer that the model was trained with."

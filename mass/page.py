@@ -26,13 +26,19 @@ def write(path: Path, rows: Iterable[Mapping[str, Any]], title: str = "mass-adap
     )
     part: Any = environment.get_template("page.html").module
     try:
-        with open(path, "x", encoding="utf-8") as file:
+        file = open(path, "x", encoding="utf-8")  # noqa: SIM115 (closed below)
+    except FileExistsError:
+        raise MassError(f"--html {path} exists, and nothing is overwritten: name another file") from None
+    try:
+        with file:
             file.write(part.head(title))
             for row in rows:
                 file.write(_record(part, _printable(row)))
             file.write(part.tail())
-    except FileExistsError:
-        raise MassError(f"--html {path} exists, and nothing is overwritten: name another file") from None
+    except BaseException:
+        # a part of a page would stand in the way of the next try
+        path.unlink(missing_ok=True)
+        raise
 
 
 def _record(part: Any, row: Mapping[str, Any]) -> str:

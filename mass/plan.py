@@ -57,7 +57,7 @@ class Plan:
 def make(recipe: Recipe, ranks: int, engines: Collection[str] = tuple(ENGINES)) -> Plan:
     """The plan for `ranks` processes, with these engines of ENGINES. Takes seconds."""
     r = recipe
-    config = read_config(r.model.path, r.model.dtype, r.model.cache)
+    config = read_config(r.model.path, r.model.dtype, r.model.cache, r.problems.world)
     with torch.device("meta"):
         hf = AutoModelForCausalLM.from_config(config, dtype=DTYPES[r.model.dtype], attn_implementation="sdpa")
     hf = hf.eval().requires_grad_(False)

@@ -17,7 +17,7 @@ from mass.forward import check_model
 from mass.model import LanguageModel, load
 from mass.optimizers import Rule
 from mass.problems import Task
-from mass.prompts import Prompts, make_prompts
+from mass.prompts import Prompts, make_prompts, pick_shots
 from mass.recipe import Recipe
 from mass.rewards import Verifier, require
 from mass.setting import Setting, lora_shape, rate_name
@@ -34,6 +34,9 @@ def tasks_of(recipe: Recipe) -> Tasks:
         vllm_engine.check_installed()
     found = load_all(recipe)
     require({task.verifier for task in found.train + found.heldout})
+    p = recipe.prompt
+    # what a pool cannot give is said before the model is loaded
+    pick_shots(found.pool, p.solve_shots, recipe.run.seed, "", pairs=p.generate_shots)
     return found
 
 

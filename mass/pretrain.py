@@ -61,7 +61,7 @@ def pretrain(
     rng = random.Random(f"lessons:{seed}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        hf = LlamaForCausalLM(_config(tokenizer))
+        hf = LlamaForCausalLM(config_of(tokenizer))
     pool = [_encode(prompts, lesson(rng)) for _ in range(min(steps, POOL) * BATCH)]
     optimizer = torch.optim.AdamW(hf.parameters(), lr=LR, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -85,7 +85,8 @@ def pretrain(
     tokenizer.save_pretrained(folder)
 
 
-def _config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+def config_of(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+    """The size of every world's base model."""
     return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=96,

@@ -144,13 +144,13 @@ def load_tasks(
             )
         tasks += found if share is None else shuffled(found, f"{seed}:mixture")[:share]
     if not tasks:
-        raise MassError(f"problems.size={size} leaves no problem of {', '.join(sources)}. Raise it.")
+        raise MassError(
+            f"{size} problems of {', '.join(sources)} are asked for: raise problems.size, or problems.heldout_size of those to hold out"
+        )
     return _unique(tasks)
 
 
-def load_problems(
-    path: str, *, columns: Mapping[str, str] | None = None, demonstrations: int = 0, seed: int = 0
-) -> list[Problem | BadLine]:
+def load_problems(path: str, *, demonstrations: int = 0, seed: int = 0) -> list[Problem | BadLine]:
     """Problems of test time from a JSONL file, or from standard input when `path` is "-".
 
     Keys of a line: `problem`, optional `id` and `demonstrations` (a list of pairs or of {"input", "output"}); or an ARC
@@ -158,7 +158,7 @@ def load_problems(
     number, sets aside of each subject to demonstrate its others (`mass.demonstrations`). Standard input whose first character is not `{` is one problem in plain text. Raises
     MassError for a file that is missing or has no line.
     """
-    names = column_names(columns)
+    names = column_names(None)
     data = sys.stdin.buffer.read() if path == "-" else read_file(path)
     where = "standard input" if path == "-" else path
     if not data.strip():

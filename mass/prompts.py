@@ -253,7 +253,8 @@ def pick_shots(
     if len(generate) < pairs:
         raise MassError(
             f"{pairs} pairs of problems of one source wanted as shots and {len(generate)} found among {len(tasks)}: "
-            f"raise prompt.pool to {2 * pairs} or more for each source, or lower prompt.generate_shots"
+            f"lower prompt.generate_shots, or raise prompt.pool to {2 * pairs} or more for each source (at most half of the "
+            "training problems are set aside)"
         )
     return Shots(solve, tuple(generate))
 

@@ -42,11 +42,14 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, training: bool = Tr
             trees.append(_parse(override))
         except MassError as fault:
             errors[override] = str(fault)
+    asked: set[str] = set()
     for tree in trees:
         for name, value in _leaves(tree):
             errors.pop(name, None)
             if complaint := _assign(config, name, value):
                 errors[name] = complaint
+            elif name == "problems.gym" and tree is not trees[0]:
+                asked |= value.keys()
     try:
         recipe = typing.cast(Recipe, OmegaConf.to_object(config))
     except OmegaConfBaseException as fault:  # an interpolation ${...} that leads nowhere
@@ -55,6 +58,14 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, training: bool = Tr
         for key in KEYS.values():
             if key.name not in errors and (complaint := key.complaint(operator.attrgetter(key.name)(recipe))):
                 errors[key.name] = complaint
+        if not training:
+            # a run's settings of families in whose place other problems have come
+            named = {
+                source.removeprefix("gym:")
+                for source in [*recipe.problems.train, *(recipe.problems.heldout or [])]
+            }
+            for family in recipe.problems.gym.keys() - named - asked:
+                del recipe.problems.gym[family]
         # nothing follows from the default that stands in for a faulty value
         said_no = contradictions(recipe, training=training)
         clashes = [text for names, text in said_no if not errors.keys() & set(names.split())]

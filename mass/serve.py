@@ -58,6 +58,7 @@ def _run(args: argparse.Namespace) -> None:
         window=args.window / 1000,
         limits=limits,
         token=token,
+        host=args.host,
         threads=wanted.recipe.run.threads,
     )
     host, port = listening.getsockname()[:2]

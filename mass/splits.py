@@ -94,22 +94,24 @@ class Cursor:
             "position": self.position,
             "seed": self.seed,
             "tasks": len(self.tasks),
-            "digest": self._digest(),
+            "digest": digest(self.tasks),
         }
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], tasks: Sequence[Task]) -> Cursor:
         """Raises MassError when `tasks` are not those of the run that was saved (ids, texts and answers)."""
         cursor = cls(tasks, state["seed"], state["position"])
-        if cursor._digest() != state["digest"]:
+        if digest(tasks) != state["digest"]:
             raise MassError(
                 f"The training problems changed since the checkpoint: {state['tasks']} then, {len(tasks)} now, or other "
                 "texts or answers. Restore problems.*, or start another run (run.name)."
             )
         return cursor
 
-    def _digest(self) -> str:
-        digest = hashlib.sha256()
-        for parts in sorted((task.problem.id, task.problem.text, task.answer) for task in self.tasks):
-            digest.update(json.dumps(parts).encode())
-        return digest.hexdigest()[:16]
+
+def digest(tasks: Sequence[Task]) -> str:
+    """16 hexadecimal digits of the ids, texts and answers of problems, whatever their order."""
+    found = hashlib.sha256()
+    for parts in sorted((task.problem.id, task.problem.text, task.answer) for task in tasks):
+        found.update(json.dumps(parts).encode())
+    return found.hexdigest()[:16]

@@ -1,6 +1,8 @@
 """Equal budgets: no method spends more tokens than it is given, also one made of a new row."""
 
+import random
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -8,6 +10,7 @@ from handmade import GRIDS, PLAIN, SUMS
 
 from mass import choices
 from mass.choices import Kit, examples
+from mass.choices.budget import fill
 from mass.generate import Rollout
 from mass.methods import METHODS, Method, solve
 from mass.practice import Practice, pack_examples
@@ -59,6 +62,25 @@ def _read(parse: Any) -> Any:
         return Practice([], rollouts, made, packed, valid_TN)
 
     return read
+
+
+def test_as_many_samples_as_one_after_the_other_would_have() -> None:
+    """Lengths that differ as those of texts do: a short sample still fits where one of mean length would not."""
+    draw = random.Random(0)
+    lengths = [[1 + min(127, int(draw.expovariate(1 / 60))) for _ in range(2000)] for _ in range(60)]
+
+    def rollouts(which: list[range]) -> list[list[Rollout]]:
+        return [
+            [Rollout([1] * own[j], [0.0] * own[j], True, "") for j in some]
+            for own, some in zip(lengths, which, strict=True)
+        ]
+
+    def cost(t: int, own: list[Rollout]) -> list[int]:
+        return list(accumulate(len(r.tokens) for r in own))
+
+    for room in (1, 40, 256, 1024):
+        found = fill([room] * 60, 128, rollouts, cost, [[]] * 60)
+        assert [len(own) for own in found] == [sum(x <= room for x in accumulate(own)) for own in lengths]
 
 
 def test_a_budget_without_room_for_an_example_says_so(kit: Kit) -> None:

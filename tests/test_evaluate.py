@@ -16,7 +16,7 @@ import torch
 from folders import COUNT, DATA, make_run
 from ranks import Ranks
 
-from mass import arms, compare, evaluate, filerun
+from mass import arms, checkpoint, compare, evaluate, filerun
 from mass.choices.kit import sample
 from mass.errors import MassError
 from mass.filerun import adapt_problems
@@ -25,6 +25,8 @@ from mass.model import load
 from mass.problems import content_key
 from mass.records import Made, Record
 from mass.rewards import Verifier, find_answer
+from mass.sources import load_all
+from mass.splits import Cursor
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +82,25 @@ def test_no_problem_is_one_that_a_run_has_met(tmp_path: Path) -> None:
     only = plan(str(own), None, [f"problems.heldout={json.dumps([file('met.jsonl', [met])])}"])
     with pytest.raises(MassError, match="no problem is left of 1"):
         evaluate.held_out(only, [], made=True)
+
+
+def test_a_run_whose_problems_have_changed_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(texts: Sequence[str]) -> None:
+        path.write_text("".join(json.dumps({"problem": text, "answer": "1"}) + "\n" for text in texts))
+
+    path, texts = tmp_path / "train.jsonl", [f"Training problem {i}" for i in range(12)]
+    write(texts)
+    run = make_run(tmp_path, "r", train=[str(path)], heldout=None, heldout_size=3)
+    wanted = plan(str(run), None)
+    trained = load_all(wanted.recipe).train
+    meta = {"cursor": Cursor(trained, 0).state()}
+    monkeypatch.setattr(checkpoint, "read_meta", lambda step: meta)
+    assert len(evaluate.held_out(wanted, [], made=False).tasks) == 3
+    write(texts[:-1])
+    with pytest.raises(MassError, match=r"/r: the problems that it was trained on have changed since"):
+        evaluate.held_out(wanted, [], made=False)
 
 
 # ---- whole calls
@@ -296,6 +317,15 @@ def test_a_killed_call_goes_on_to_the_same_files(run: Path, done: Path, tmp_path
         assert ranks("test_evaluate:killed", argv, 11).codes == [-signal.SIGKILL]
         assert not (tmp_path / "out" / "results.json").exists()
         last = ranks("mass.evaluate:main", argv).good()
+        # all is there: one of two processes makes the table, and the credit without arms
+        table = ranks("mass.evaluate:main", argv, world=2).good()
+        credit = ranks(
+            "mass.evaluate:main",
+            [*argv[:2], "--credit", "2", "meta_gradient.mode=reverse", "--out", str(tmp_path / "c")],
+            world=2,
+        ).good()
+    assert "10 problems" in table.out[0] and not table.out[1].strip()
+    assert "Is the credit right" in credit.out[0] and not credit.out[1].strip()
     assert "none: 10 of 10 problems have their answer" in last.err[0]
     names = sorted(path.name for path in done.iterdir())
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names and len(names) == 10

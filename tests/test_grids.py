@@ -90,6 +90,18 @@ def test_solved_problems_demonstrate_the_others_of_their_subject(tmp_path: Path)
         load_problems(str(file), demonstrations=4)
 
 
+def test_a_problem_that_is_no_text_is_one_bad_line_beside_demonstrations_too(tmp_path: Path) -> None:
+    file = tmp_path / "odd.jsonl"
+    rows = [{"problem": f"{i}?\ud800" if i == 3 else f"{i}?", "answer": str(i)} for i in range(7)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for seed in range(4):
+        found = load_problems(str(file), demonstrations=2, seed=seed)
+        assert len(found) == 5
+        # whether the line is shown or asked, what holds it cannot be used
+        bad = [x for x in found if isinstance(x, BadLine)]
+        assert len(bad) in (1, 5)
+
+
 def test_demonstrations_are_grids_only_where_all_are() -> None:
     grid = [[1, 2], [3, 4]]
     assert demonstrations.pairs({"demonstrations": [[grid, grid]]}) == ((("1 2\n3 4", "1 2\n3 4"),), True)

@@ -1,5 +1,6 @@
 """What test time works with: the kit of a run folder."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,10 +10,11 @@ import pytest
 import torch
 from folders import make_tiny_run
 
-from mass import checkpoint
+from mass import checkpoint, state
 from mass import kit as kit_module
 from mass.errors import MassError
 from mass.kit import build_kit, plan
+from mass.problems import Problem, Task
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +46,24 @@ def test_learned_rate_of_each_layer(run: Path) -> None:
         r, {"block0": 0.5, "block1": 0.25, "rest": 2.0}, keys, parts, torch.device("cpu")
     )  # type: ignore[arg-type]
     assert [float(rates[key]) for key in keys] == [0.5, 0.25, 2.0]
+
+
+def test_shots_hold_any_character(run: Path, tmp_path: Path) -> None:
+    """Some are ends of lines to Python and none to JSON: U+0085, U+2028 and U+2029."""
+    copy = shutil.copytree(run, tmp_path / "r")
+    odd = Task(Problem("a", "one\u2028two\u0085three"), "4", "\u2029Answer: 4", "file", "exact")
+    (copy / "shots.jsonl").write_text(state._shot(odd) * 4, encoding="utf-8")
+    assert build_kit(plan(str(copy), None)).pool == [odd] * 4
+
+
+def test_a_file_of_shots_is_part_of_the_settings(tmp_path: Path) -> None:
+    file = tmp_path / "train.jsonl"
+    asked = plan(None, "tiny:llama", [f"problems.train=[{file}]"])
+    keys = []
+    for text in ("one", "two", "one"):
+        file.write_text(json.dumps({"problem": text, "answer": "1"}) + "\n")
+        keys.append(kit_module.settings_key(asked))
+    assert keys[0] == keys[2] != keys[1]
 
 
 def test_damaged_or_missing_shots(run: Path, tmp_path: Path) -> None:

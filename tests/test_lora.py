@@ -240,6 +240,8 @@ def test_peft_loads_what_we_save(architecture: str, shape: LoraShape, tmp_path: 
         {"target_modules": ["q_proj"], "use_rslora": True, "r": 8},
         {"target_modules": ["q_proj"], "lora_dropout": 0.5},
         {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]},
+        {"target_modules": r".*layers\.1\..*(q_proj|down_proj)"},
+        {"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*layers\.0\..*"},
     ],
 )
 def test_we_load_what_peft_saves(settings: dict[str, Any], tmp_path: Path) -> None:
@@ -283,6 +285,10 @@ def edit_config(folder: Path, **changes: Any) -> None:
         ({"alpha_pattern": {"q_proj": 8}}, "alpha_pattern="),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save="),
         ({"fan_in_fan_out": True}, "fan_in_fan_out="),
+        ({"alora_invocation_tokens": [3, 4]}, "alora_invocation_tokens="),
+        ({"lora_bias": True}, "lora_bias="),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4' belongs to a base model"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
     ],
 )
 def test_adapters_that_the_layers_cannot_hold_are_refused(
@@ -300,6 +306,11 @@ def test_dora_made_by_peft_is_refused(tmp_path: Path) -> None:
     made_by_peft(tmp_path, target_modules=["q_proj"], use_dora=True)
     with pytest.raises(MassError, match="use_dora"):
         lora.read_peft_shape(tmp_path)
+
+
+def test_ways_to_begin_that_leave_the_base_alone_are_read(tmp_path: Path) -> None:
+    made_by_peft(tmp_path, target_modules=["q_proj"], init_lora_weights="gaussian")
+    assert lora.read_peft_shape(tmp_path).rank == 4
 
 
 def test_missing_and_broken_configs(tmp_path: Path) -> None:

@@ -119,6 +119,19 @@ def test_tokenizer_of_another_model(folder: Path) -> None:
         load(str(folder), device="cpu")
 
 
+def test_special_tokens_without_a_row_are_no_other_model(folder: Path) -> None:
+    """As CodeLlama-34b and Gemma 3 have them: no text is read as one."""
+    tokenizer = tiny("llama")[1]
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<one>", "<two>"]})
+    tokenizer.save_pretrained(folder)
+    hf, loaded = load(str(folder), device="cpu")
+    assert len(loaded) == 261 and hf.config.vocab_size == 259
+    tokenizer.pad_token = "<two>"
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(MassError, match="has 261 tokens and the model embeds 259"):
+        load(str(folder), device="cpu")
+
+
 def test_no_causal_language_model(tmp_path: Path) -> None:
     small = BertConfig(
         hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9

@@ -2,8 +2,10 @@
 
 import json
 import math
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -87,6 +89,11 @@ def test_what_the_model_wrote_is_text_and_nothing_else(shown: Reader) -> None:
     )
 
 
+def full_disk(record: Record) -> Iterator[dict[str, Any]]:
+    yield as_row(0, "k", record)
+    raise OSError("no space left")
+
+
 def test_records_are_taken_one_at_a_time_and_no_file_is_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "p.html"
     sizes = []
@@ -100,5 +107,9 @@ def test_records_are_taken_one_at_a_time_and_no_file_is_overwritten(tmp_path: Pa
     assert sizes[-1] > 2_000_000 and read(path).tags.count("article") == 3000
     with pytest.raises(MassError, match=r"p\.html exists, and nothing is overwritten"):
         page.write(path, [])
+    broken = tmp_path / "broken.html"
+    with pytest.raises(OSError, match="no space"):
+        page.write(broken, full_disk(RECORDS[0]))
+    assert not broken.exists()
     page.write(tmp_path / "empty.html", [])
     assert read(tmp_path / "empty.html").tags.count("article") == 0

@@ -70,7 +70,7 @@ def test_pretraining_learns_and_repeats_itself(tmp_path: Path) -> None:
 def test_the_padding_of_a_batch_does_not_count() -> None:
     torch.manual_seed(0)
     tokenizer = pretrain.word_tokenizer(WORDS)
-    hf = pretrain.LlamaForCausalLM(pretrain._config(tokenizer)).double()
+    hf = pretrain.LlamaForCausalLM(pretrain.config_of(tokenizer)).double()
     batch = [([5, 6, 7, 8, 9, 10, 11], 3), ([5, 6, 7, 12], 2), ([9, 8], 1)]
     loss = pretrain._backward(hf, batch, tokenizer.pad_token_id)
     batched = [p.grad.clone() for p in hf.parameters() if p.grad is not None]

@@ -102,6 +102,20 @@ def test_one_source_or_many(write):
     assert (found.problems.train, found.problems.heldout) == (["a.jsonl", "gym:chain_sum"], ["b.jsonl"])
 
 
+def test_settings_of_a_family_that_others_stand_in_for_at_test_time(write):
+    """A run's own recipe, with other problems to answer: its settings of the others are nothing to remove by hand."""
+    text = (
+        "model: {path: x}\nproblems: {train: gym:chain_sum, heldout: gym:gcd, gym: {gcd: {max_value: 9}}}\n"
+    )
+    path, other = write(text), "problems.heldout=[test.jsonl]"
+    assert load(path, training=False).problems.gym == {"gcd": {"max_value": 9}}
+    assert load(path, [other], training=False).problems.gym == {}
+    with pytest.raises(MassError, match="problems.gym.gcd: settings of a family that is not used"):
+        load(path, [other])
+    with pytest.raises(MassError, match="problems.gym.gdc: settings of a family that is not used"):
+        load(path, ["problems.gym.gdc.max_value=7"], training=False)
+
+
 def test_gym_settings_from_file_and_override_are_merged(write):
     path = write("model: {path: x}\nproblems: {train: gym:chain_sum, gym: {chain_sum: {min_terms: 2}}}\n")
     found = load(path, ["problems.gym.chain_sum.max_terms=3"])

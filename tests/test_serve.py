@@ -322,6 +322,13 @@ def test_token(kit: Kit) -> None:
         assert service.get("/healthz", {"Host": "adapt.example"})[0] == 200
 
 
+def test_an_address_of_this_machine_is_listened_to(kit: Kit) -> None:
+    with running(kit, host="127.0.0.2") as service:
+        # an address of this machine's own that was asked for, and no other name
+        assert service.get("/healthz", {"Host": "127.0.0.2"})[0] == 200
+        assert service.get("/healthz", {"Host": "evil.example"})[0] == 400
+
+
 def test_command_refuses_what_it_must(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -37,7 +37,9 @@ def _more(costs: Seq[int], room: int, longest: int, least: int) -> int:
     """How many further samples fit for certain (none drawn yet), or by the mean cost of those drawn."""
     if not costs:
         return max(least, 1 if room > 0 else 0, room // longest)
-    return max(0, (room - costs[-1]) * len(costs) // max(1, costs[-1]))
+    # One more at least: a short one may fit where one of mean length does not. None costs nothing, so there is an end.
+    likely = (room - costs[-1]) * len(costs) // max(1, costs[-1])
+    return max(1, likely) if costs[-1] < room and len(costs) < room else 0
 
 
 def running(generated: Seq[int], trained: Seq[int], passes: int, single: bool) -> list[int]:
