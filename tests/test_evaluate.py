@@ -16,7 +16,7 @@ import torch
 from folders import COUNT, DATA, make_run
 from ranks import Ranks
 
-from mass import arms, checkpoint, compare, evaluate, filerun
+from mass import answers, arms, checkpoint, compare, evaluate, filerun
 from mass.choices.kit import sample
 from mass.errors import MassError
 from mass.filerun import adapt_problems
@@ -190,18 +190,18 @@ def test_every_try_of_a_vote_is_verified(run: Path, tmp_path: Path) -> None:
     drawn = sample(kit, [task.problem for task in tasks], [range(4)] * COUNT)
     said = [[find_answer(r.text) for r in own] for own in drawn]
     # the reference of some problems is what one of the tries says, whatever the vote makes of them
-    answers = [said[i][i % 4] or task.answer if i % 2 else task.answer for i, task in enumerate(tasks)]
+    wanted_by = [said[i][i % 4] or task.answer if i % 2 else task.answer for i, task in enumerate(tasks)]
     path = tmp_path / "problems.jsonl"
     lines = [
         json.dumps({"problem": task.problem.text, "answer": x})
-        for task, x in zip(tasks, answers, strict=True)
+        for task, x in zip(tasks, wanted_by, strict=True)
     ]
     path.write_text("\n".join(lines))
     out = tmp_path / "out"
     argv = ["--run", str(run), "--problems", str(path), "--methods", "none,vote", "--out", str(out)]
     assert evaluate.main(argv) == 0
     own = rows(out / "vote.jsonl")
-    wanted = [[float(x == answer) for x in texts] for texts, answer in zip(said, answers, strict=True)]
+    wanted = [[float(x == answer) for x in texts] for texts, answer in zip(said, wanted_by, strict=True)]
     assert [row["tries"] for row in own] == wanted and all(
         not row["tries"] for row in rows(out / "none.jsonl")
     )
@@ -209,7 +209,7 @@ def test_every_try_of_a_vote_is_verified(run: Path, tmp_path: Path) -> None:
     # answers of one line; a tie is the truth's
     leads = [
         x in texts and texts.count(x) == max(map(texts.count, texts))
-        for x, texts in zip(answers, said, strict=True)
+        for x, texts in zip(wanted_by, said, strict=True)
     ]
     assert [row["vote_rules"] for row in own] == [{"rows": None, "one": None, "generous": x} for x in leads]
     found = json.loads((out / "results.json").read_text())
@@ -230,9 +230,9 @@ def test_every_try_of_a_vote_is_verified(run: Path, tmp_path: Path) -> None:
         for method, has in (("pick", True), ("rpc", True), ("vds", False), ("ttrl", False), ("auto", False)):
             arm = arms.Arm(method, plan(str(run), None), method)
             record = Record("x", "", method, examples=(Made("", tasks[0].solution, 1.0, True, ""),))
-            assert evaluate._tries(arm, tasks[0], record, verifier) == ([1.0] if has else [])
+            assert answers._tries(arm, tasks[0], record, verifier) == ([1.0] if has else [])
             # theirs is no vote in which each try has one
-            assert evaluate._vote_rules(arm, tasks[0], record, [1.0], verifier) is None
+            assert answers._vote_rules(arm, tasks[0], record, [1.0], verifier) is None
 
 
 class Links(HTMLParser):
@@ -339,7 +339,7 @@ def test_a_killed_call_goes_on_to_the_same_files(run: Path, done: Path, tmp_path
 def test_nothing_is_loaded_when_nothing_is_left(
     run: Path, done: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(evaluate, "load", lambda *_, **__: pytest.fail("a model is loaded"))
+    monkeypatch.setattr(answers, "load", lambda *_, **__: pytest.fail("a model is loaded"))
     hashed = []
     real = arms.settings_key
     monkeypatch.setattr(arms, "settings_key", lambda plan: hashed.append(plan) or real(plan))
@@ -360,7 +360,7 @@ def test_nothing_is_loaded_when_nothing_is_left(
 def test_bad_input_is_a_sentence_before_any_model_is_loaded(
     run: Path, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(evaluate, "load", lambda *_, **__: pytest.fail("a model is loaded"))
+    monkeypatch.setattr(answers, "load", lambda *_, **__: pytest.fail("a model is loaded"))
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "file").write_text("")
     of_run, new = ["--run", str(run)], ["--out", str(tmp_path / "new")]

@@ -13,7 +13,7 @@ from handmade import PROBLEMS
 from test_evaluate import rows
 from tiny import tiny_kit
 
-from mass import arms, evaluate, practice
+from mass import answers, arms, evaluate, practice
 from mass.choices import Texts
 from mass.choices.kit import greedily, sample
 from mass.kit import plan
@@ -56,7 +56,7 @@ def test_an_evaluation_draws_every_text_once_and_its_files_do_not_tell(
 
     def files(out: Path) -> dict[str, Any]:
         out.mkdir()
-        assert evaluate.answer_all(chosen, tasks, out, 4)
+        assert answers.answer_all(chosen, tasks, out, 4, lambda _: None)
         return {path.name: rows(path) for path in out.glob("*.jsonl")}
 
     shared = files(tmp_path / "shared")
