@@ -85,14 +85,15 @@ def open_run(folder: Path, name: str, recipe_yaml: str, resume: str | Path) -> R
 
 def commit(run: Run) -> Run:
     """Begin to train in an open run folder: write its recipe, and set the steps behind `start` aside (renamed to
-    *.left-<time>); on one rank only, when nothing can refuse the call any more.
+    *.left-<time>); on one rank only, when the model is loaded, the problems are the same and the state is restored.
     """
     aside: list[str] = []
     try:
-        if run.start is not None and run.start.parent.resolve() == run.folder.resolve():
-            aside = [_set_aside(step) for step in steps(run.folder) if number(step) > number(run.start)]
-            write_atomic(run.folder / "latest", run.start.name + "\n")
+        # first what a full disk can refuse
         write_atomic(run.folder / "recipe.yaml", run.recipe)
+        if run.start is not None and run.start.parent.resolve() == run.folder.resolve():
+            write_atomic(run.folder / "latest", run.start.name + "\n")
+            aside = [_set_aside(step) for step in steps(run.folder) if number(step) > number(run.start)]
     except OSError as error:
         raise _not_writable(run.folder, error) from error
     return dataclasses.replace(run, aside=tuple(aside))
@@ -152,8 +153,8 @@ def load(folder: Path, layers: Layers, fingerprint: str | None = None) -> Conten
     return stepfolder.read(step, layers)
 
 
-def read_run(folder: Path) -> tuple[str, Path]:
-    """(recipe.yaml's text, newest good step folder) of a run, for test time; a step folder stands for itself."""
+def step_of(folder: Path) -> Path:
+    """The newest good step folder of a run, for test time; a step folder stands for itself. The run has a recipe."""
     folder = Path(folder).resolve()
     if STEP.fullmatch(folder.name):
         verify(folder)
@@ -161,12 +162,11 @@ def read_run(folder: Path) -> tuple[str, Path]:
         folder = folder.parent
     else:
         step = newest_good(folder)
-    recipe = folder / "recipe.yaml"
-    if not recipe.is_file():
+    if not (folder / "recipe.yaml").is_file():
         raise MassError(f"{folder} is not a run folder: it has no recipe.yaml")
     if step is None:
         raise MassError(f"{folder} has no complete and undamaged save: train further, or choose another run")
-    return recipe.read_text(encoding="utf-8"), step
+    return step
 
 
 def steps(folder: Path) -> list[Path]:

@@ -27,6 +27,8 @@ class Problems(NamedTuple):
 
 def _check_same(step: Path, train: Sequence[Task]) -> None:
     """Raise MassError unless these are the problems that a run was trained on: else nobody knows which those were."""
+    # training that goes on may have dropped the step meanwhile
+    checkpoint.verify(step)
     saved = checkpoint.read_meta(step).get("cursor", {}).get("digest")
     if saved is not None and saved != digest(train):
         raise MassError(

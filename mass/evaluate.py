@@ -161,7 +161,7 @@ def _run(args: argparse.Namespace, words: Sequence[str]) -> dict[str, Any] | Non
     share.leave()
     if not whole:
         return None
-    # the process that is left does the rest: one, where several have found all answers there
+    # the process that is left does the rest: one, where several find all answers there at the same time
     with _claimed(folder) as ours:
         return _measured(args, words, wanted, chosen, problems, some, folder) if ours else None
 

@@ -26,7 +26,7 @@ from mass.optimizers import Rule
 from mass.problems import Problem, Task, load_tasks
 from mass.prompts import make_prompts
 from mass.recipe import Recipe
-from mass.rows import json_lines
+from mass.rows import as_object, json_lines
 from mass.scorer import Scorer
 from mass.setting import answer_sampling, example_sampling, lora_shape
 from mass.splits import draw_pool
@@ -97,7 +97,7 @@ def plan(
     if folder is not None and not (folder / "adapter_config.json").is_file():
         if model is not None:
             raise MassError("--model goes with a PEFT folder or stands alone: a run names its own model")
-        _, step = checkpoint.read_run(folder)
+        step = checkpoint.step_of(folder)
         fixed = [text for text in overrides if text.startswith(FIXED)]
         if fixed:
             raise MassError(
@@ -133,8 +133,8 @@ def settings_key(plan: Plan) -> str:
         if plan.peft
         else []
     )
-    # without a run shots are drawn from these
-    files += [] if plan.step else [Path(source) for source in plan.recipe.problems.train]
+    # without a run shots are drawn from these; a hub set and a folder of one are known by name alone
+    files += [] if plan.step else [Path(source).expanduser() for source in plan.recipe.problems.train]
     for path in files:
         # the hash of each file of a step is in its meta.json
         digest.update(path.read_bytes() if path.is_file() else b"")
@@ -294,7 +294,8 @@ def _pool(plan: Plan) -> list[Task]:
         try:
             return [
                 Task(Problem(x["id"], x["problem"]), x["answer"], x["solution"], x["source"], "exact")
-                for _, x in json_lines(path.read_bytes())
+                for _, row in json_lines(path.read_bytes())
+                for x in [as_object(row)]
             ]
         except (ValueError, KeyError, TypeError) as error:
             raise MassError(

@@ -243,9 +243,11 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Any, path: str) 
             )
         tokenizer.pad_token = tokenizer.eos_token
     rows = config.get_text_config().vocab_size
-    # Added special tokens without a row are harmless (CodeLlama, Gemma): text is never read as one. Others may be.
+    # Added special tokens without a row are harmless where nothing writes them (CodeLlama, Gemma): text is never read as one.
+    template = str(tokenizer.chat_template or "")
     used = [tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id]
-    used += [i for i, token in tokenizer.added_tokens_decoder.items() if not token.special]
+    added = tokenizer.added_tokens_decoder.items()
+    used += [i for i, token in added if not token.special or token.content in template]
     if tokenizer.vocab_size > rows or any(i is not None and i >= rows for i in used):
         raise MassError(
             f"model.path={path}: the tokenizer has {len(tokenizer)} tokens and the model embeds {rows}. "

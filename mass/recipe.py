@@ -48,7 +48,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, training: bool = Tr
             errors.pop(name, None)
             if complaint := _assign(config, name, value):
                 errors[name] = complaint
-            elif name == "problems.gym" and tree is not trees[0]:
+            elif name == "problems.gym" and tree is not trees[0] and isinstance(value, Mapping):
                 asked |= value.keys()
     try:
         recipe = typing.cast(Recipe, OmegaConf.to_object(config))

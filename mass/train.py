@@ -91,6 +91,8 @@ def _train(recipe: Recipe, world: World, watch: Watchdog) -> None:
             )
         state.restore(outer, contents, world)
     opened = run
+    # every rank has got here
+    distributed.any_rank(False)
     run = _on_main(world, lambda: checkpoint.commit(opened))
     log = RunLog(
         run.folder,

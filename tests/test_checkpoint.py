@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from saves import RECIPE, assert_same, begin, contents, hidden, make_layers, names
+from saves import assert_same, begin, contents, hidden, make_layers, names
 from torch import nn
 
-from mass.checkpoint import fingerprint, load, newest_good, read_run, save
+from mass.checkpoint import fingerprint, load, newest_good, save, step_of
 from mass.errors import MassError
 from mass.stepfolder import FILES
 
@@ -97,9 +97,9 @@ def test_damage_is_refused_by_name_and_the_newest_good_step_offered(tmp_path, na
     with pytest.raises(MassError, match=told):
         begin(tmp_path, "auto")
     with pytest.raises(MassError, match=told):
-        read_run(bad)
+        step_of(bad)
     assert newest_good(run.folder) == good
-    assert read_run(run.folder) == (RECIPE, good)
+    assert step_of(run.folder) == good
     # and the way out that the message offers is one
     run = begin(tmp_path, good)
     assert_same(load(run.start, make_layers()), contents(1))
@@ -144,14 +144,14 @@ def test_another_base_is_refused(tmp_path):
         load(step, make_layers(), fingerprint="other")
 
 
-def test_read_run_wants_a_run_with_a_save(tmp_path):
+def test_step_of_wants_a_run_with_a_save(tmp_path):
     with pytest.raises(MassError, match="is not a run folder"):
-        read_run(tmp_path)
+        step_of(tmp_path)
     run = begin(tmp_path)
     with pytest.raises(MassError, match="no complete and undamaged save"):
-        read_run(run.folder)
+        step_of(run.folder)
     step = save(run, 10, contents(), keep=0)
-    assert read_run(step) == (RECIPE, step)
+    assert step_of(step) == step
 
 
 def test_fingerprint_knows_the_model_and_not_its_dtype():

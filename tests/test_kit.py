@@ -69,7 +69,7 @@ def test_a_file_of_shots_is_part_of_the_settings(tmp_path: Path) -> None:
 def test_damaged_or_missing_shots(run: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(run, tmp_path / "r")
     (copy / "shots.jsonl").write_text('{"id": 1')
-    with pytest.raises(MassError, match="shots.jsonl is damaged"):
+    with pytest.raises(MassError, match=r"shots.jsonl is damaged \(.*not JSON"):
         build_kit(plan(str(copy), None))
     (copy / "shots.jsonl").unlink()
     with pytest.raises(MassError, match="prompt.generate_shots=0 prompt.solve_shots=0"):

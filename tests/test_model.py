@@ -126,6 +126,11 @@ def test_special_tokens_without_a_row_are_no_other_model(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     hf, loaded = load(str(folder), device="cpu")
     assert len(loaded) == 261 and hf.config.vocab_size == 259
+    tokenizer.chat_template = "{% for m in messages %}<one>{{ m.content }}{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(MassError, match="has 261 tokens and the model embeds 259"):
+        load(str(folder), device="cpu")
+    tokenizer.chat_template = None
     tokenizer.pad_token = "<two>"
     tokenizer.save_pretrained(folder)
     with pytest.raises(MassError, match="has 261 tokens and the model embeds 259"):

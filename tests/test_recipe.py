@@ -110,6 +110,7 @@ def test_settings_of_a_family_that_others_stand_in_for_at_test_time(write):
     path, other = write(text), "problems.heldout=[test.jsonl]"
     assert load(path, training=False).problems.gym == {"gcd": {"max_value": 9}}
     assert load(path, [other], training=False).problems.gym == {}
+    assert load(path, ["problems.gym=${problems.world}"]).problems.gym == {}
     with pytest.raises(MassError, match="problems.gym.gcd: settings of a family that is not used"):
         load(path, [other])
     with pytest.raises(MassError, match="problems.gym.gdc: settings of a family that is not used"):

@@ -279,6 +279,7 @@ def test_one_outer_step_of_every_recipe_with_a_tiny_model_and_local_data(
         "gsm8k": [f"problems.train={gsm8k}"],
         "math": [f"problems.train={train}", f"problems.heldout={held}"],
         "demo": ["problems.size=40", "problems.heldout_size=8"],
+        "arithmetic": ["problems.size=120", "problems.heldout_size=8", "lora.last=1"],
         "numbers": ["problems.size=120", "problems.heldout_size=8"],
         "numbers_loop": ["problems.size=120", "problems.heldout_size=8"],
         "smoke": [],
