@@ -123,6 +123,8 @@ def attach(hf: PreTrainedModel, shape: LoraShape) -> Layers:
             layers[name] = LoraLinear(linear, shape.scale)
             setattr(parent, name.rpartition(".")[2], layers[name])
     if not layers:
+        if shape.last is None:
+            raise MassError(f"lora.targets={list(shape.targets)} names no layer: all-linear, or e.g. q_proj")
         raise MassError(
             f"lora.last={shape.last}: no layer of lora.targets is in the last {shape.last} decoder blocks; "
             "raise it, or name other layers"
@@ -268,6 +270,10 @@ def read_peft_shape(folder: Path) -> LoraShape:
         # which layers those are is written in the names of the tensors (a text is a regular expression)
         with _opened(folder, "cpu") as (_, names):
             targets = sorted({key.rpartition(".")[0] for key in names})
+        if not targets:
+            raise MassError(
+                f"{folder}: adapter_model.safetensors holds no LoRA matrices: save the adapter again"
+            )
     return LoraShape(rank, alpha, (targets,) if isinstance(targets, str) else tuple(sorted(targets)))
 
 

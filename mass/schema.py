@@ -45,9 +45,7 @@ class Model:
     path: str = _key("", "a folder, a hub id, package:NAME/FILE.gguf in a package, world:NAME or tiny:llama")
     dtype: Literal["bf16", "fp32"] = _key("bf16", "of the frozen base; everything learned is fp32")
     attention: Literal["sdpa", "eager"] = _key("sdpa", "attention where no second derivative is needed")
-    cache: str | None = _key(
-        None, "folder for converted and pre-trained models; null = $MASS_CACHE or ~/.cache/mass"
-    )
+    cache: str | None = _key(None, "folder for models made here; null = $MASS_CACHE or ~/.cache/mass")
     device: Literal["auto", "cpu", "cuda"] = _key("auto", "auto = the GPU of this rank if there is one")
 
 
@@ -115,9 +113,7 @@ class Lora:
 class Generate:
     examples: int = _key(6, "practice examples of a task (N)", ge=1)
     max_new_tokens: int = _key(128, "longest example, in tokens", ge=1)
-    temperature: float = _key(
-        1.0, "of examples, and of own answers at test time; outer rollouts have 1", gt=0
-    )
+    temperature: float = _key(1.0, "of examples and, at test time, own answers; outer rollouts have 1", gt=0)
     top_p: float = _key(1.0, "keep the likeliest tokens that make up this probability; 1 = off", gt=0, le=1)
     top_k: int = _key(0, "keep this many likeliest tokens; 0 = off", ge=0)
     min_p: float = _key(0.0, "drop tokens less likely than this share of the likeliest; 0 = off", ge=0, lt=1)

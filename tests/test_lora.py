@@ -100,6 +100,15 @@ def test_targets() -> None:
         lora.attach(model(), LoraShape(2, 4.0, ("proj",)))
 
 
+def test_nothing_to_adapt_is_said(tmp_path: Path) -> None:
+    with pytest.raises(MassError, match=r"lora.targets=\[\] names no layer"):
+        lora.attach(model(), LoraShape(2, 4.0, ()))
+    made_by_peft(tmp_path, target_modules=r".*q_proj")
+    save_file({}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(MassError, match="holds no LoRA matrices"):
+        lora.read_peft_shape(tmp_path)
+
+
 def test_the_last_blocks_alone() -> None:
     hf, layers = with_slots(shape=LoraShape(2, 4.0, ("q_proj", "down_proj"), last=1))
     assert list(layers) == ["model.layers.1.self_attn.q_proj", "model.layers.1.mlp.down_proj"]
