@@ -111,8 +111,12 @@ class Tiled(TorchFunctionMode):
         flat = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
         outs = []
         for (query_LQ, key_LK), mask in zip(self._tiles.groups, self._of(attn_mask, B, query), strict=True):
+            # Padding is zero, and not some token of another task: what is not finite there would get through a finite mask.
             q, k, v = (
-                x.index_select(0, at.clamp(min=0).flatten()).unflatten(0, at.shape).transpose(1, 2)
+                x.index_select(0, at.clamp(min=0).flatten())
+                .unflatten(0, at.shape)
+                .masked_fill((at < 0).unsqueeze(-1).unsqueeze(-1), 0.0)
+                .transpose(1, 2)
                 for x, at in zip(flat, (query_LQ, key_LK, key_LK), strict=True)
             )
             if self._written_out:

@@ -11,7 +11,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from mass import optimizers, scorer
-from mass.forward import example_loss, loss_and_grad
+from mass.forward import example_loss, loss_and_grad, token_logprobs
 from mass.inner import Step
 from mass.lora import Adapter
 from mass.outer_loss import outer_loss
@@ -142,9 +142,17 @@ def one_step(batch: TaskBatch) -> tuple[Tensor, Tensor]:
     Of the weights it knows nothing. Source: TracIn, arXiv 2002.08484; for fine-tuning LESS, arXiv 2402.04333.
     """
     before = outer_loss(batch.setting, batch.tasks, batch.solve_shots, batch.start, batch.step, "before")
+    setting, packed = batch.setting, batch.practice.packed
     zero_TN = torch.zeros_like(batch.practice.valid_TN, dtype=before.loss_T.dtype)
-    products = make_products(batch.setting, batch.practice.packed, zero_TN)
-    dot_TN, _ = products(Step(batch.start, {}, before.grad, zero_TN), before.grad, False)
+    loss_TN = zero_TN
+    if setting.recipe.meta_gradient.one_sided:
+        # its difference is to the losses at the start
+        with torch.no_grad():
+            loss_TN = example_loss(
+                packed, token_logprobs(setting.lm.hf, setting.lm.lora, packed, batch.start)
+            )
+    products = make_products(setting, packed, zero_TN)
+    dot_TN, _ = products(Step(batch.start, {}, before.grad, loss_TN), before.grad, False)
     return dot_TN, before.loss_T
 
 

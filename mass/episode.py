@@ -144,16 +144,17 @@ def run(
     metrics, counts = step_metrics(
         practice, score_TN, loop.weight_TN, by_score_TN, loop.tuned, before, loop.after, loop.counts_T
     )
-    metrics |= truth_metrics(
+    told, told_counts = truth_metrics(
         practice, tasks, score_TN.detach(), by_score_TN, reward.advantage_TN, loop.counts_T
     )
+    metrics |= told
     metrics["policy/kl"] = kl
     if N > 1:
         metrics["generator/advantage_spread"] = reward.advantage_TN.std(1).mean().item()
     metrics["tokens/trained"] *= 1 + reward.loops
     metrics["tokens/outer"] += reward.tokens
     metrics["verifier/failures"] += reward.failures
-    counts = dict.fromkeys(metrics, T) | counts
+    counts = dict.fromkeys(metrics, T) | counts | told_counts
     return Result(gradients, metrics, counts, practice, loop.weight_TN, -by_score_TN, answers, clock.seconds)
 
 
@@ -198,7 +199,8 @@ def _inner_loop(batch: TaskBatch, clock: "Clock", score_TN: Tensor, when: str) -
         )
         # A task without examples has not moved and one that exploded gives noise: neither has a credit.
         counts_T = valid_TN.any(1) & ~tuned.exploded_T
-        outer_grad = {key: g * counts_T.view(-1, 1, 1) for key, g in after.grad.items()}
+        # NaN times zero would be NaN
+        outer_grad = {key: g.masked_fill(~counts_T.view(-1, 1, 1), 0.0) for key, g in after.grad.items()}
     with clock("meta"):
         meta = metagrad.sweep(
             products,
@@ -207,6 +209,7 @@ def _inner_loop(batch: TaskBatch, clock: "Clock", score_TN: Tensor, when: str) -
             need_init=recipe.outer.through_init,
             need_lr=learns_lr,
             last_steps=recipe.meta_gradient.truncate,
+            drop_T=tuned.exploded_T,
         )
         by_score_TN = scorer.score_gradient(score_TN, valid_TN, recipe.scorer.temperature, meta.weight_TN)
     return _Loop(weight_TN, tuned, after, counts_T, meta, by_score_TN)
@@ -241,9 +244,7 @@ def _reward(batch: TaskBatch, clock: "Clock", score_TN: Tensor, loop: _Loop, wri
     if writes and o.credit == "uniform":
         even = _inner_loop(batch, clock, torch.zeros_like(score_TN), "uniform")
         credit_TN, loops, tokens, failures = -even.by_score_TN, 1, even.after.tokens, even.after.failures
-    advantage_TN = outer.credit_advantage(
-        credit_TN, valid_TN, torch.ones_like(valid_TN), o.min_spread, o.malformed_penalty
-    )
+    advantage_TN = outer.credit_advantage(credit_TN, valid_TN, o.min_spread, o.malformed_penalty)
     return _Reward(advantage_TN, loops, tokens, failures)
 
 

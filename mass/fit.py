@@ -45,7 +45,9 @@ def fit(kit: Kit, tasks: Sequence[Task], batch: int = 8, samples: int = SAMPLES)
                 outcome = [math.nan] * len(some)
                 for j, record in zip(can, records, strict=True):
                     text = record.solution if record.answer is not None else ""
-                    outcome[j] = verifier.verify(text, some[j]).score
+                    score = verifier.verify(text, some[j]).score
+                    # a part of the score is no solved problem; no verdict stays none
+                    outcome[j] = score if math.isnan(score) else float(score == 1.0)
                 right[name] += outcome
             _say(f"{min(i + batch, len(tasks))} of {len(tasks)} problems")
     seen = np.concatenate(rows) if rows else np.zeros((0, len(chooser.SIGNALS)))

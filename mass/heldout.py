@@ -15,6 +15,9 @@ from mass.methods import Record, solve
 from mass.problems import Task, truth
 from mass.rewards import Verifier
 
+# a task; solved and judged without update and with it; what `_known` gives
+WIDTH = 11
+
 
 def evaluate(
     kit: Kit,
@@ -31,7 +34,7 @@ def evaluate(
     Ranks take every W-th task, `batch` of them at once; each returns the result of all.
     """
     begin = time.perf_counter()
-    sums = {group: [0.0] * 9 for group in ("seen", "unseen")}
+    sums = {group: [0.0] * WIDTH for group in ("seen", "unseen")}
     own = tasks[rank::world]
     for i in range(0, len(own), batch):
         some = own[i : i + batch]
@@ -41,25 +44,28 @@ def evaluate(
         for task, first, record in zip(some, without, records, strict=True):
             counts = [
                 1.0,
-                _score(verifier, first, task),
-                _score(verifier, record, task),
+                *_solved(verifier, first, task),
+                *_solved(verifier, record, task),
                 *_known(record, task),
             ]
             group = "seen" if task.source in trained else "unseen"
             sums[group] = [x + y for x, y in zip(sums[group], counts, strict=True)]
     kit.lm.settle()
     total = distributed.reduce_sum([*sums["seen"], *sums["unseen"]])
-    seen, unseen = total[:9], total[9:]
+    seen, unseen = total[:WIDTH], total[WIDTH:]
     updates = kit.steps > 0
-    out = _scalars("heldout", [x + y for x, y in zip(seen, unseen, strict=True)], updates)
+    both = [x + y for x, y in zip(seen, unseen, strict=True)]
+    out = _scalars("heldout", both, updates)
+    out["heldout/failures"] = both[0] - both[2] + updates * (both[0] - both[4])
     if seen[0] and unseen[0]:
         out |= _scalars("seen", seen, updates) | _scalars("unseen", unseen, updates)
     return out | {"time/evaluate": time.perf_counter() - begin}
 
 
-def _score(verifier: Verifier, record: Record, task: Task) -> float:
+def _solved(verifier: Verifier, record: Record, task: Task) -> list[float]:
+    """1 for a problem that was solved (a part of the score does not count), and 1 for one that was judged."""
     score = verifier.verify(record.solution, task).score
-    return score if math.isfinite(score) else 0.0
+    return [float(score == 1.0), float(math.isfinite(score))]
 
 
 def _known(record: Record, task: Task) -> list[float]:
@@ -74,10 +80,12 @@ def _known(record: Record, task: Task) -> list[float]:
 
 
 def _scalars(group: str, sums: Seq[float], updates: bool) -> dict[str, float]:
-    count, none, mass, won, pairs, good, known, *checks = sums
-    out = {f"{group}/none": none / count}
+    _, none, judged, mass, judged_mass, won, pairs, good, known, *checks = sums
+    none = none / judged if judged else math.nan
+    out = {f"{group}/none": none}
     if updates:
-        out |= {f"{group}/mass": mass / count, f"{group}/gain": (mass - none) / count}
+        mass = mass / judged_mass if judged_mass else math.nan
+        out |= {f"{group}/mass": mass, f"{group}/gain": mass - none}
     if known:
         out |= {f"{group}/auc": won / pairs if pairs else math.nan, f"{group}/right": good / known}
     if checks[1]:

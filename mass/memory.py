@@ -315,8 +315,10 @@ def _products(
         return metagrad.Reverse(model.hf, model.layers, packed, weight_TN)
     if engine == "finite_difference":
         return metagrad.finite_difference(model.hf, model.layers, packed, weight_TN, parts=parts)
-    assert model.parts is not None, "blockwise without blocks"
-    return metagrad.blockwise(model.hf, model.parts, packed, weight_TN, recompute=recompute)
+    if engine == "blockwise":
+        assert model.parts is not None, "blockwise without blocks"
+        return metagrad.blockwise(model.hf, model.parts, packed, weight_TN, recompute=recompute)
+    raise ValueError(f"engine {engine!r}")
 
 
 def _fake(packed: Packed, mode: FakeTensorMode) -> Packed:

@@ -53,13 +53,24 @@ def sweep(
     need_init: bool = False,
     need_lr: bool = False,
     last_steps: int | None = None,
+    drop_T: Tensor | None = None,
 ) -> MetaGradient:
     """Pull `outer_grad` = dL/dphi_K back through the inner loop.
+
+    `drop_T`: tasks without a gradient, whatever of their way is not finite; `outer_grad` is zero there.
 
     `last_steps` = J differentiates the last J steps only (truncation; then the initial adapter has no gradient and
     `need_init` is refused). The Hessian product of the first step differentiated is made only when `need_init`.
     """
     steps = trajectory.steps
+    dropped = drop_T is not None and bool(drop_T.any())
+
+    def kept(tensors: Tensors) -> Tensors:
+        """With zeros for the tasks that are dropped: rates are added up over tasks, and NaN times zero is NaN."""
+        if drop_T is None or not dropped:
+            return tensors
+        return {key: x.masked_fill(drop_T.view(-1, *[1] * (x.dim() - 1)), 0.0) for key, x in tensors.items()}
+
     first = 0 if last_steps is None else max(0, len(steps) - last_steps)
     if need_init and first > 0:
         raise ValueError(
@@ -91,14 +102,16 @@ def sweep(
         ) -> tuple[Tensors, Tensors]:
             return optimizers.update(rule, k, grad, state, adapter, lr)
 
-        _, pull, *_ = torch.func.vjp(one, taken, step.state, step.adapter, trajectory.lr)
+        _, pull, *_ = torch.func.vjp(one, kept(taken), kept(step.state), kept(step.adapter), trajectory.lr)
         mu, nu, lam, lr_k = pull((lam, nu))
         lr = {key: lr[key] + lr_k[key] for key in lr}
         c_TN, curve = products(step, mu, need_init or k > first)
         weight_TN = c_TN if weight_TN is None else weight_TN + c_TN
         if curve is not None:
+            curve = kept(curve)
             lam = {key: lam[key] + curve[key] for key in lam}
     assert weight_TN is not None
+    weight_TN = kept({"": weight_TN})[""]
     n = weight_TN.shape[1]
     return MetaGradient(weight_TN / n, lam if need_init else None, lr if need_lr else None)
 

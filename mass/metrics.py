@@ -34,9 +34,6 @@ def step_metrics(
     ]
     related = [x for x in related if math.isfinite(x)]
     out = {
-        "meta/loss": after.loss_T.mean().item(),
-        "meta/loss_before": before.loss_T.mean().item(),
-        "meta/gain": (before.loss_T - after.loss_T).mean().item(),
         "meta/exploded": (tuned.exploded_T & has_T).float().mean().item(),
         "inner/loss_first": _mean(tuned.before_T[has_T]),
         "inner/loss_last": math.nan if tuned.after_T is None else _mean(tuned.after_T[has_T]),
@@ -58,14 +55,20 @@ def step_metrics(
     for reason in ("no_solution", "no_answer", "truncated", "copy", "duplicate"):
         out[f"generator/{reason}"] = sum(e.reason == reason for e in examples) / len(examples)
     out["generator/no_solution"] += sum(e.reason == "empty" for e in examples) / len(examples)
-    # NaN under the gold loss
-    if not after.solved_T.isnan().any():
-        out["reward/solve_before"] = before.solved_T.mean().item()
-        out["reward/solve_after"] = after.solved_T.mean().item()
+    judged = {
+        "meta/loss": after.loss_T,
+        "meta/loss_before": before.loss_T,
+        "meta/gain": before.loss_T - after.loss_T,
+    }
+    if before.solved_T is not None and after.solved_T is not None:
+        judged |= {"reward/solve_before": before.solved_T, "reward/solve_after": after.solved_T}
+    # without a verdict there is no value
+    out |= {key: _mean(x_T[~x_T.isnan()]) for key, x_T in judged.items()}
     has = int(has_T.sum())
     counts = dict.fromkeys(
         ("inner/loss_first", "inner/loss_last", "scorer/effective_examples", "scorer/score_std"), has
     )
+    counts |= {key: int((~x_T.isnan()).sum()) for key, x_T in judged.items()}
     counts |= {
         "credit/spread": int(counts_T.sum()),
         "generator/credit_length_correlation": len(related),
@@ -93,15 +96,18 @@ def truth_metrics(
     by_score_TN: Tensor,
     advantage_TN: Tensor,
     counts_T: Tensor,
-) -> dict[str, float]:
-    """What only the truth of the examples can tell; NaN where it is not known."""
+) -> tuple[dict[str, float], dict[str, int]]:
+    """What only the truth of the examples can tell, NaN where it is not known; and of how many pairs or examples it is a mean."""
     good_TN, known_TN = known_truth(practice, tasks)
-    return {
-        "scorer/auc": outer.auc(score_TN, good_TN, known_TN),
-        "credit/auc": outer.auc(-by_score_TN, good_TN, known_TN & counts_T.unsqueeze(1)),
-        "generator/auc": outer.auc(advantage_TN, good_TN, known_TN),
-        "generator/right": _mean(good_TN[known_TN].float()),
+    counted_TN = known_TN & counts_T.unsqueeze(1)
+    found = {
+        "scorer/auc": outer.ordered_pairs(score_TN, good_TN, known_TN),
+        "credit/auc": outer.ordered_pairs(-by_score_TN, good_TN, counted_TN),
+        "generator/auc": outer.ordered_pairs(advantage_TN, good_TN, known_TN),
+        "generator/right": (float(good_TN[known_TN].sum()), int(known_TN.sum())),
     }
+    values = {key: won / count if count else math.nan for key, (won, count) in found.items()}
+    return values, {key: count for key, (_, count) in found.items()}
 
 
 def _mean(x: Tensor) -> float:

@@ -28,15 +28,15 @@ def group_advantage(reward_TG: Tensor, min_spread: float) -> Tensor:
 
 
 def credit_advantage(
-    credit_TN: Tensor, valid_TN: Tensor, sampled_TN: Tensor, min_spread: float, malformed_penalty: float
+    credit_TN: Tensor, valid_TN: Tensor, min_spread: float, malformed_penalty: float
 ) -> Tensor:
     """Advantage of each generated example, [T, N]: the credit (-dL/ds, say) standardised over the task's valid examples.
 
-    A malformed example gets -penalty; where nothing was sampled, 0. Standardised credit has no natural zero, so a task
+    A malformed example gets -penalty. Standardised credit has no natural zero, so a task
     whose credits hardly differ (standard deviation under `min_spread`) gives none: it would amplify noise.
     """
     advantage = _standardise(credit_TN, valid_TN, min_spread)
-    return torch.where(sampled_TN & ~valid_TN, -malformed_penalty, advantage)
+    return torch.where(valid_TN, advantage, -malformed_penalty)
 
 
 def normalised(by_score_TN: Tensor, min_spread: float) -> Tensor:

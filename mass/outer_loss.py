@@ -1,6 +1,5 @@
 """The outer loss of T tasks, each at its own adapter: of the reference solutions (gold), or of verified answers."""
 
-import math
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -24,7 +23,7 @@ class OuterLoss:
 
     loss_T: Tensor
     grad: Adapter
-    solved_T: Tensor
+    solved_T: Tensor | None
     failures: int
     tokens: int
     kl_T: Tensor | None = None
@@ -70,8 +69,7 @@ def _gold(
     else:
         with torch.no_grad():
             logprob_M = token_logprobs(lm.hf, lm.lora, packed, adapter)
-    unknown_T = torch.full((len(tasks),), math.nan)
-    return OuterLoss(outer.gold_loss(packed, logprob_M), grad, unknown_T, 0, packed.size)
+    return OuterLoss(outer.gold_loss(packed, logprob_M), grad, None, 0, packed.size)
 
 
 def _verified(
@@ -126,8 +124,8 @@ def _verified(
         _, _, grad = loss_and_grad(lm.hf, lm.lora, packed, adapter, loss, reference_MD=base_MD, parts=parts)
         kl_T = seen[0] if seen else None
     # What is reported as the loss is 1 - mean reward: the surrogate's own value is zero in expectation.
-    known = torch.isfinite(reward_TG)
-    solved_T = (reward_TG.nan_to_num() * known).sum(1) / known.sum(1).clamp(min=1)
+    # Of a task without any verdict nothing is known: NaN.
+    solved_T = reward_TG.nanmean(1)
     failures = sum(v.status in ("failed", "timeout") for v in verdicts)
     tokens = sum(len(r.tokens) for own in drawn for r in own)
     return OuterLoss(1 - solved_T, grad, solved_T, failures, tokens, kl_T)

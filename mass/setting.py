@@ -90,10 +90,16 @@ def inner_rates(setting: Setting, log_lr: Mapping[str, Tensor], policy: Adapter)
 
 
 def rate_name(setting: Setting, key: str) -> str:
-    """The learned rate that an adapter tensor belongs to: one for all, or one a decoder block."""
-    if setting.recipe.inner.learned_lr == "one" or setting.parts is None:
+    """`rate_of` an adapter tensor in this setting."""
+    return rate_of(setting.recipe.inner.learned_lr, setting.parts, key)
+
+
+def rate_of(learned: str, parts: Split | None, key: str) -> str:
+    """The learned rate that an adapter tensor belongs to: one for all (`learned` is "one", or the blocks are not known), or one a
+    decoder block."""
+    if learned == "one" or parts is None:
         return "all"
-    return next((f"block{i}" for i, p in enumerate(setting.parts.prefix) if key.startswith(p)), "rest")
+    return next((f"block{i}" for i, p in enumerate(parts.prefix) if key.startswith(p)), "rest")
 
 
 def make_products(setting: Setting, packed: Packed, weight_TN: Tensor) -> Products:
@@ -104,9 +110,11 @@ def make_products(setting: Setting, packed: Packed, weight_TN: Tensor) -> Produc
     if setting.engine == "blockwise":
         assert setting.parts is not None
         return metagrad.blockwise(lm.hf, setting.parts, packed, weight_TN, recompute=setting.recompute)
-    parts = setting.parts if setting.checkpoint else None
-    central = not setting.recipe.meta_gradient.one_sided
-    return metagrad.finite_difference(lm.hf, lm.lora, packed, weight_TN, parts=parts, central=central)
+    if setting.engine == "finite_difference":
+        parts = setting.parts if setting.checkpoint else None
+        central = not setting.recipe.meta_gradient.one_sided
+        return metagrad.finite_difference(lm.hf, lm.lora, packed, weight_TN, parts=parts, central=central)
+    raise ValueError(f"engine {setting.engine!r}")
 
 
 def draw_shots(setting: Setting, tasks: Seq[Task]) -> list[Shots]:

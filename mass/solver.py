@@ -56,13 +56,14 @@ def run(
         clock.seconds["gather"] = setting.lm.shards.waited - waited
     gradients = {f"policy/{key}": found.grad[key].squeeze(0) / T for key in policy}
     gradients |= {f"scorer/{key}": torch.zeros_like(x) for key, x in eta.items()}
+    judged_T = ~found.loss_T.isnan()
     metrics = {
-        "meta/loss_before": found.loss_T.mean().item(),
+        "meta/loss_before": found.loss_T[judged_T].mean().item(),
         "verifier/failures": float(found.failures),
         "tokens/outer": float(found.tokens),
     }
-    if setting.recipe.outer.loss == "verifier":
-        metrics["reward/solve_before"] = found.solved_T.mean().item()
+    if found.solved_T is not None:
+        metrics["reward/solve_before"] = found.solved_T[judged_T].mean().item()
     if found.kl_T is not None:
         metrics["policy/kl"] = found.kl_T.mean().item()
     sums = dict.fromkeys(("verifier/failures", "tokens/outer"), 1)
@@ -70,4 +71,7 @@ def run(
     nothing: list[list] = [[] for _ in tasks]
     practice = Practice([], nothing, nothing, pack(nothing, 0), none_TN.bool())
     counts = dict.fromkeys(metrics, T) | sums
+    counts |= {
+        key: int(judged_T.sum()) for key in ("meta/loss_before", "reward/solve_before") if key in metrics
+    }
     return Result(gradients, metrics, counts, practice, none_TN, none_TN, (texts, []), clock.seconds)

@@ -46,10 +46,8 @@ def save(
             optimizer={key: x.cpu() for key, x in state.items()},
             rng=rng,
             meta={
-                "step": step,
                 "cursor": cursor.state(),
                 "skipped": skipped,
-                "world": world.size,
                 "fingerprint": fingerprint,
                 "extra": {
                     "inner_lr": {name: x.exp().item() for name, x in log_lr.items()},

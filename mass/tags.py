@@ -41,6 +41,7 @@ TAGS = {
     "heldout/none": "share of held-out problems solved without adaptation",
     "heldout/mass": "share of held-out problems solved after adaptation",
     "heldout/gain": "held-out share with adaptation less the share without",
+    "heldout/failures": "of held-out problems: answers whose verification crashed or ran out of time",
     "heldout/auc": "of held-out problems: chance that a right example of their family outweighs another one",
     "heldout/right": "of held-out problems: share of examples that are right and of their family",
     "heldout/honest": "of held-out problems: share of the checks stated in examples that are honest",

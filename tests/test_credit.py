@@ -152,6 +152,15 @@ def test_the_one_step_guess_is_a_product_of_two_gradients(made: Made) -> None:
         torch.testing.assert_close(dot_TN[:, i], want_T, rtol=1e-9, atol=1e-12)
 
 
+def test_the_one_step_guess_by_one_sided_differences(made: Made) -> None:
+    want_TN, _ = credit.one_step(made.batch())
+    r = made.setting.recipe
+    recipe = replace(r, meta_gradient=replace(r.meta_gradient, mode="finite_difference", one_sided=True))
+    rough = made._replace(setting=replace(made.setting, recipe=recipe, engine="finite_difference"))
+    got_TN, _ = credit.one_step(rough.batch())
+    torch.testing.assert_close(got_TN, want_TN, rtol=1e-4, atol=1e-5 * want_TN.abs().max().item())
+
+
 def test_the_credit_is_measured_with_the_shots_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     world = make_world(monkeypatch, *SGD, "prompt.solve_shots=2")
     targets = tasks()

@@ -1,6 +1,7 @@
 """One outer step on a tiny model with hand-made examples: what it reports, and which tasks and examples give no gradient."""
 
 import dataclasses
+import math
 import warnings
 from types import SimpleNamespace
 from typing import Any
@@ -120,6 +121,56 @@ def test_an_exploded_task_is_dropped_from_every_gradient_through_the_inner_loop(
         ), name
     assert (result.credit_TN[0] == 0).all() and result.credit_TN[1].abs().max() > 0
     assert result.metrics["meta/exploded"] == 0.5
+
+
+@pytest.mark.parametrize("mode", ["reverse", "blockwise", "finite_difference"])
+def test_a_task_that_is_not_finite_is_dropped_like_any_that_exploded(
+    monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    whole = practice.fine_tune
+    made = []
+    for value in (1.0, torch.nan):
+
+        def fine_tune(*arguments: Any, value: float = value, **more: Any) -> practice.Tuned:
+            tuned = whole(*arguments, **more)
+
+            def spoilt(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+                found = {key: x.clone() for key, x in tensors.items()}
+                for x in found.values():
+                    x[0] *= value
+                return found
+
+            way = tuned.trajectory
+            steps = [
+                dataclasses.replace(
+                    step,
+                    adapter=spoilt(step.adapter),
+                    state=spoilt(step.state),
+                    grad=step.grad and spoilt(step.grad),
+                )
+                for step in way.steps[1:]
+            ]
+            way = dataclasses.replace(way, steps=[way.steps[0], *steps], adapter=spoilt(way.adapter))
+            return dataclasses.replace(tuned, trajectory=way, exploded_T=torch.tensor([True, False]))
+
+        monkeypatch.setattr(episode, "fine_tune", fine_tune)
+        made.append(
+            make_world(
+                monkeypatch,
+                *SGD,
+                *ONLY_META,
+                "outer.through_init=true",
+                "inner.learned_lr=one",
+                "inner.steps=2",
+                f"meta_gradient.mode={mode}",
+            ).run()
+        )
+    finite, broken = made
+    for key, want in finite.gradients.items():
+        torch.testing.assert_close(broken.gradients[key], want, rtol=1e-12, atol=0)
+    assert torch.equal(broken.credit_TN, finite.credit_TN) and (broken.credit_TN[0] == 0).all()
+    assert finite.gradients["inner_lr/all"].abs() > 0 and size(finite, "policy") > 0
+    assert math.isfinite(broken.metrics["meta/loss"])
 
 
 def test_an_inner_loss_that_grows_too_much_explodes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """What rewards the generator: the credit at the scorer's weights, at uniform ones, or what leaving out does (outer.credit)."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from mass import accumulate, episode, inner, metrics, plan, practice
 from mass.credit import rises
 from mass.episode import Result
 from mass.recipe import load
+from mass.rewards import Verdict
 from mass.worlds import Truth
 
 UNIFORM = "outer.credit=uniform"
@@ -242,7 +244,67 @@ def test_a_plan_counts_the_loops_without_each_example() -> None:
     def loops(*overrides: str) -> dict[str, float]:
         return plan._flops(load(ROOT / "recipes/smoke.yaml", list(overrides)), 100, 10)
 
-    name = "without each example"
+    name, policy = "without each example", "policy gradient"
     one, two = (loops(LEFT_OUT, f"inner.steps={steps}")[name] for steps in (1, 2))
     assert two > one > 0
     assert name not in loops() and name not in loops(LEFT_OUT, "outer.generator=0")
+    # a generator that is not trained has no pass of its own, and nothing is held where no divergence is taken
+    assert loops("outer.generator=0")[policy] == 0 == loops("outer.lr_policy=0")[policy]
+    free = loops("outer.beta=0")[policy]
+    assert 0 < free == loops("outer.beta=0", "outer.reward=example", "outer.beta_check=1")[policy]
+    assert loops("outer.beta=1")[policy] > free
+
+
+class Broken:
+    """Verdicts of a verifier that crashes on the problems in `on`."""
+
+    def __init__(self, on: set[str]) -> None:
+        self.on = on
+
+    def verify_all(self, items: Any) -> list[Verdict]:
+        scores = [math.nan if t.problem.id in self.on else float(len(text) % 2) for text, t in items]
+        return [Verdict(x, "timeout" if math.isnan(x) else "right") for x in scores]
+
+
+@pytest.mark.parametrize("how", ["outer.credit=score", LEFT_OUT])
+def test_a_task_without_any_verdict_is_left_out_and_not_wrong(
+    monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    world = make_world(monkeypatch, *SGD, how, "outer.loss=verifier")
+
+    def run(*on: str) -> episode.Result:
+        setting = replace(world.setting, verifier=Broken(set(on)))  # type: ignore[arg-type]
+        return replace(world, setting=setting).run()
+
+    sound, half, none = run(), run("p0"), run("p0", "p1")
+    tags = ("meta/loss", "meta/loss_before", "meta/gain", "reward/solve_before", "reward/solve_after")
+    assert 0 < sound.metrics["verifier/failures"] + 1 <= half.metrics["verifier/failures"]
+    for tag in tags:
+        assert math.isfinite(half.metrics[tag]) and (half.counts[tag], sound.counts[tag]) == (1, T)
+        assert math.isnan(none.metrics[tag]) and none.counts[tag] == 0
+    assert half.metrics["meta/loss"] == pytest.approx(1 - half.metrics["reward/solve_after"])
+    assert half.credit_TN[0].abs().max() == 0 and none.credit_TN.abs().max() == 0
+    # parts and ranks put together what is known
+    both, _ = accumulate._mean([half, none])
+    assert both["meta/loss"] == half.metrics["meta/loss"]
+    assert all(g.isfinite().all() for one in (half, none) for g in one.gradients.values())
+
+
+def test_shares_of_known_truth_are_pooled_over_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many pairs and examples as there are, however the tasks are cut into parts."""
+    world = make_world(
+        monkeypatch, *SGD, examples=[EXAMPLES[0], [EXAMPLES[1][0], EXAMPLES[1][1], None, None]]
+    )
+    texts = [e.problem for own in world.practice.examples for e in own if e.valid]
+    right = {texts[0], texts[-1]}
+    monkeypatch.setattr(metrics, "truth", lambda task, problem, _: Truth(problem in right, True, None))
+    whole = world.run()
+    found, counts = metrics.truth_metrics(
+        world.practice, tasks(), whole.weight_TN, -whole.credit_TN, whole.credit_TN, torch.ones(T).bool()
+    )
+    assert counts["generator/right"] == len(texts) and found["generator/right"] == 2 / len(texts)
+    assert counts["scorer/auc"] == whole.counts["scorer/auc"] == 3
+    parts = [
+        replace(whole, metrics={"scorer/auc": x}, counts={"scorer/auc": n}) for x, n in ((1.0, 1), (0.5, 3))
+    ]
+    assert accumulate._mean(parts)[0]["scorer/auc"] == pytest.approx(2.5 / 4)

@@ -1,5 +1,6 @@
 """Held-out problems while training: shares, groups of sources, the truth of the examples, and ranks."""
 
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ from mass import heldout
 from mass.choices import Kit
 from mass.problems import Problem, Task
 from mass.records import Made, Record
-from mass.rewards import Verifier
+from mass.rewards import Verdict, Verifier
 from mass.worlds import Truth
 
 ANSWERS = {"none": "Answer: 1", "mass": "Answer: 2"}
@@ -91,6 +92,7 @@ def test_shares_over_all_held_out_problems(tasks: list[Task]) -> None:
             "heldout/auc": within([0, 1, 2, 3, 4]),
             "heldout/right": 5 / 10,
             "heldout/honest": 6 / 8,
+            "heldout/failures": 0,
         }
     )
 
@@ -111,7 +113,7 @@ def test_nothing_is_said_of_a_truth_that_is_not_known(tasks: list[Task]) -> None
     plain = [replace(task, entry=None) for task in tasks]
     assert set(evaluate(plain, {"a"})) == {
         f"{group}/{tag}" for group in ("heldout", "seen", "unseen") for tag in ("none", "mass", "gain")
-    }
+    } | {"heldout/failures"}
 
 
 def test_ranks_share_the_problems(tasks: list[Task], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,6 +127,20 @@ def test_ranks_share_the_problems(tasks: list[Task], monkeypatch: pytest.MonkeyP
     assert evaluate(tasks, {"a"}, rank=0, world=2) == whole
 
 
-def test_an_answer_without_verdict_counts_as_not_right(tasks: list[Task]) -> None:
-    broken = [replace(task, verifier="numeric", answer="no number") for task in tasks]
-    assert evaluate(broken, {"a"})["heldout/mass"] == 0
+def test_an_answer_without_verdict_is_left_out_and_counted(tasks: list[Task]) -> None:
+    whole, broken = evaluate(tasks, set()), replace(tasks[0], verifier="numeric", answer="no number")
+    assert whole["heldout/failures"] == 0
+    found, others = evaluate([broken, *tasks[1:]], set()), evaluate(tasks[1:], set())
+    assert found["heldout/failures"] == 2
+    assert [found[f"heldout/{x}"] for x in ("none", "mass")] == [
+        others[f"heldout/{x}"] for x in ("none", "mass")
+    ]
+    nothing = evaluate([broken], set())
+    assert math.isnan(nothing["heldout/mass"]) and math.isnan(nothing["heldout/gain"])
+
+
+def test_a_part_of_the_score_is_no_solved_problem(tasks: list[Task], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As mass-eval counts: reasoning-gym's families give a part of the score for an answer that holds the right one."""
+    monkeypatch.setattr(Verifier, "verify", lambda *_: Verdict(0.5, "partial"))
+    found = evaluate(tasks, set())
+    assert found["heldout/none"] == found["heldout/mass"] == found["heldout/failures"] == 0

@@ -7,9 +7,10 @@ import references
 import torch
 import worlds
 from test_metagrad import BOUND, full
+from torch import Tensor
 from worlds import ENGINES, RULES, World, error, meta
 
-from mass import lora, metagrad
+from mass import forward, lora, metagrad
 from mass.optimizers import Rule
 
 
@@ -63,6 +64,31 @@ def test_a_task_without_any_example_has_zeros_and_disturbs_nobody(engine: str, K
         assert torch.equal(trajectory.adapter[key][1], world.start[key][1])
         assert torch.allclose(got.init[key][1], x[1], rtol=1e-12, atol=0)
     assert all(torch.isfinite(value) for value in got.lr.values())
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+@pytest.mark.parametrize("second_order", [False, True])
+def test_an_adapter_that_is_not_finite_stays_in_its_own_task(second_order: bool, bad: int) -> None:
+    """Also where rows of all tasks stand in one tile of attention and its padding has to be taken from somewhere."""
+    world = worlds.shared()
+    good = 1 - bad
+
+    def run(start: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        leaf = {key: x.clone().requires_grad_() for key, x in start.items()}
+        logprob_M = forward.token_logprobs(
+            world.hf, world.layers, world.packed, leaf, second_order=second_order
+        )
+        loss_TN = forward.example_loss(world.packed, logprob_M)
+        grads = torch.autograd.grad(loss_TN.sum(), list(leaf.values()))
+        return loss_TN[good].detach(), {key: g[good] for key, g in zip(leaf, grads, strict=True)}
+
+    spoilt = {key: x.clone() for key, x in world.start.items()}
+    for x in spoilt.values():
+        x[bad] = torch.nan
+    want, got = run(world.start), run(spoilt)
+    assert torch.equal(got[0], want[0])
+    for key, g in want[1].items():
+        torch.testing.assert_close(got[1][key], g, rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize("rule", ["momentum", "adam"])
