@@ -43,6 +43,10 @@ def choose(plan: Plan, tasks: Sequence[Task], count: int) -> list[Task]:
     no scorer to measure; loads nothing."""
     if plan.step is None:
         raise MassError("--credit is about a trained scorer: it wants a run, --run FOLDER")
+    if not plan.recipe.inner.steps:
+        raise MassError(
+            "--credit is about the steps of an update, and inner.steps=0 takes none: leave it out"
+        )
     _engine(plan)
     return [
         dataclasses.replace(task, problem=dataclasses.replace(task.problem, demonstrations=()))

@@ -8,11 +8,12 @@ ARC: Chollet, arXiv 1911.01547. Ten solved problems of each BIG-Bench Hard task:
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from mass import grids
 from mass.errors import MassError
+from mass.rows import reference
 
 Row = Any  # a parsed line, or the ValueError that says why it is none
 # not 30, as in the data set: a bound on what is read, and no rule of it
@@ -103,33 +104,50 @@ def _arc(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def set_aside(
-    rows: Iterable[tuple[int, Row]], count: int, seed: int, problem: str, answer: str, where: str
+    rows: Iterable[tuple[int, Row]],
+    count: int,
+    seed: int,
+    names: Callable[[Row], Mapping[str, str]],
+    where: str,
 ) -> list[tuple[int, Row]]:
     """The rows without the `count` of each `subject` that are set aside as demonstrations of its others.
 
-    Rows with demonstrations of their own stay as they are; rows without a subject are all of one. `problem` and
-    `answer` are column names. Raises MassError where a subject has too few rows with an answer.
+    Rows with demonstrations of their own stay as they are; rows without a subject are all of one. `names`: the columns of a
+    row. Raises MassError where a subject has too few rows with an answer.
     """
     listed = list(rows)
     if not count:
         return listed
     groups: dict[str, list[int]] = {}
     for i, (_, row) in enumerate(listed):
-        if isinstance(row, dict) and row.get(problem) and not row.get("demonstrations"):
+        if isinstance(row, dict) and row.get(names(row)["problem"]) and not row.get("demonstrations"):
             groups.setdefault(str(row.get("subject") or ""), []).append(i)
+
+    def problem(i: int) -> str:
+        row = listed[i][1]
+        return str(row[names(row)["problem"]])
+
+    def answer(i: int) -> str | None:
+        row = listed[i][1]
+        try:
+            return reference(row, names(row))[0]
+        except ValueError:
+            # whoever reads the row as a problem says what is wrong with it
+            return None
+
     given: dict[int, list[tuple[str, str]]] = {}
     gone: set[int] = set()
     for subject, members in groups.items():
-        solved = [i for i in members if listed[i][1].get(answer) is not None]
+        solved = [i for i in members if answer(i) is not None]
         if len(solved) < count or len(members) <= count:
             name = f"subject {subject!r}" if subject else "this file"
             raise MassError(
                 f"{where}: problems.demonstrations={count} sets aside so many solved problems, and {name} has "
                 f"{len(solved)} with an answer among {len(members)}. Lower it."
             )
-        drawn = sorted(solved, key=lambda i: _order(seed, str(listed[i][1][problem])))[:count]
+        drawn = sorted(solved, key=lambda i: _order(seed, problem(i)))[:count]
         gone.update(drawn)
-        shown = [(str(listed[i][1][problem]).strip(), str(listed[i][1][answer]).strip()) for i in drawn]
+        shown = [(problem(i).strip(), str(answer(i))) for i in drawn]
         given |= {i: shown for i in members}
     return [
         (line, {**row, "demonstrations": given[i]} if i in given else row)

@@ -31,6 +31,14 @@ class Plot(NamedTuple):
 
 def figures(results: Mapping[str, Any]) -> list[Plot]:
     """What there is to show of `mass.tally.results`, of the learning curves (`learning`) and of `--credit` (`credit`)."""
+    import matplotlib
+
+    # names are text, with whatever dollars are in them
+    with matplotlib.rc_context({"text.parse_math": False}):
+        return _figures(results)
+
+
+def _figures(results: Mapping[str, Any]) -> list[Plot]:
     arms = results["arms"]
     drawn = {
         "Accuracy against tokens": _tokens(arms) if arms else None,

@@ -250,20 +250,26 @@ def _flops(r: Recipe, linear: int, head: int, below: int = 0) -> dict[str, float
     # the generator's credit may want an inner loop of its own, and the outer loss after it
     loops = 1 + (r.outer.writes and r.outer.credit == "uniform")
     once = T * G * (PROMPT + answer)
-    last = (1 + loops) * once
+    after = loops * once
+    last = once + after
     without = N * once if r.outer.writes and r.outer.credit == "left_out" else 0
     sampled = last + without if r.outer.loss == "verifier" else 0
     out = {
         "generate": token * (train + sampled),
-        "outer loss, before and after": (token + back) * last,
-        "policy gradient": (token + back + (max(r.outer.beta, r.outer.beta_check) > 0) * kl) * train,
+        # what is looked at for the scorer's features has no logits
+        "score": 2.0 * linear * train,
+        # the weights' own loss has a gradient where it is trained on
+        "outer loss, before and after": token * last + back * ((r.outer.gamma > 0) * once + after),
+        "policy gradient": r.outer.writes * (token + back + r.outer.holds * kl) * train,
     }
     if without:
         passes = 1 if r.inner.steps == 1 else N * r.inner.steps
         out["without each example"] = (token + back) * train * passes + token * without
+    # whether a loop exploded is read off the loss where it ends
+    check = (r.inner.max_growth is not None) * token * train * loops
     for name, (_, _, _, factor, read_below) in ENGINES.items():
         own = factor * 2 * back + read_below * 2.0 * below
-        out[f"inner loop and meta, {name}"] = own * train * r.inner.steps * loops
+        out[f"inner loop and meta, {name}"] = own * train * r.inner.steps * loops + check
     return out
 
 

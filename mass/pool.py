@@ -37,6 +37,8 @@ def pooled(folders: Sequence[Path], count: str = tally.COUNTS[0]) -> dict[str, A
                 "Add what is missing: mass-eval --resume with the same --out"
             )
     labels = _labels(folders)
+    if not names:
+        raise MassError("--pool: these folders have no arms, only --credit: there is nothing to pool")
     ids = {name: [row["id"] for row in _rows(folders, labels, name)] for name in names}
     for name in names:
         if ids[name] != ids[names[0]]:

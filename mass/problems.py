@@ -172,7 +172,7 @@ def load_problems(path: str, *, demonstrations: int = 0, seed: int = 0) -> list[
     taken: set[str] = set()
     lines = data.split(b"\n")
     rows = shown.spread(json_lines(data), names["problem"])
-    for line, row in shown.set_aside(rows, demonstrations, seed, names["problem"], names["answer"], where):
+    for line, row in shown.set_aside(rows, demonstrations, seed, lambda _: names, where):
         try:
             problem = _problem(as_object(row), names)
         except ValueError as error:
@@ -209,6 +209,11 @@ def text_problem(text: str) -> Problem:
         raise MassError(f"The problem text cannot be used: {error}.") from error
 
 
+def _names(row: Mapping[str, Any], names: dict[str, str]) -> dict[str, str]:
+    """The columns of a row. A recipe names those of its hub data set; a file of our own format put in its place has our names."""
+    return column_names(None) if names["problem"] not in row and "problem" in row else names
+
+
 def _row_tasks(
     name: str, split: str, names: dict[str, str], verifier: str, demonstrations: int, seed: int
 ) -> list[Task]:
@@ -220,12 +225,10 @@ def _row_tasks(
         unit, stem, rows = "row", name.rpartition("/")[2].partition(":")[0], dataset_rows(name, split, names)
     tasks, bad = [], []
     rows = shown.spread(rows, names["problem"])
-    for position, row in shown.set_aside(rows, demonstrations, seed, names["problem"], names["answer"], name):
+    for position, row in shown.set_aside(rows, demonstrations, seed, lambda row: _names(row, names), name):
         try:
             fields = as_object(row)
-            # A recipe names the columns of its hub data set; a file of our own format put in its place has our names.
-            own = names["problem"] not in fields and "problem" in fields
-            tasks.append(_task(fields, column_names(None) if own else names, stem, verifier))
+            tasks.append(_task(fields, _names(fields, names), stem, verifier))
         except ValueError as error:
             bad.append(f"{name}:{position}: {error}")
     if bad:
@@ -294,7 +297,7 @@ def _world_tasks(world: worlds.World, share: int, split: str, seed: int) -> list
     described = worlds.entry(world)
     tasks = [
         Task(Problem(f"{x.family}-{i}", x.problem), x.answer, x.solution, x.family, "exact", described)
-        for i, x in enumerate(worlds.items(world, share, split == "train", seed))
+        for i, x in enumerate(worlds.items(world, share, split.partition("[")[0] == "train", seed))
     ]
     if len(tasks) < share:
         _log.warning(

@@ -95,11 +95,11 @@ def show(results: Mapping[str, Any], console: Console) -> None:
 
 def write(folder: Path, results: Mapping[str, Any]) -> None:
     """results.json, results.md, results.html and figures/NAME.svg; each is replaced as a whole."""
+    write_atomic(folder / "results.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
     plots = figures(results)
     (folder / "figures").mkdir(exist_ok=True)
     for plot in plots:
         write_atomic(folder / "figures" / f"{plot.name}.svg", plot.file)
-    write_atomic(folder / "results.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
     write_atomic(folder / "results.md", "\n".join(_markdown(results, plots)) + "\n")
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),

@@ -110,9 +110,11 @@ def _encodable(text: str, key: str) -> str:
 def reference(row: Mapping[str, Any], names: Mapping[str, str]) -> tuple[str, str]:
     """(answer, solution) of a row, which may state the answer in only one of the two. Raises ValueError if in none."""
     answer, solution = text_of(row, names["answer"]), text_of(row, names["solution"])
-    if "####" in answer and not solution:  # GSM8K as on the hub
-        solution, _, answer = (part.strip() for part in answer.rpartition("####"))
-        solution = _CALCULATOR.sub("", solution)
+    if "####" in answer:  # GSM8K as on the hub
+        text, _, answer = (part.strip() for part in answer.rpartition("####"))
+        solution = solution or _CALCULATOR.sub("", text)
+    elif stated := rewards.find_answer(answer):
+        answer, solution = stated, solution or answer
     if not answer:  # MATH as on the hub
         answer = rewards.find_answer(solution) or ""
     if not answer:

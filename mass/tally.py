@@ -31,6 +31,7 @@ def results(
     `trained`: sources that have training problems. A problem is right when its verifier gives the full score; one
     without an answer or without a verdict is not. With count="last-number" it is right when the last number in its
     answer's text is the reference; scores, tries and votes stay as they are, and so does a problem whose reference is no number.
+    An arm that chose among tries none of which states an answer (a vote, say) stays as it is too, and is in no comparison.
     """
     arms, right, states = [], {}, {}
     source_P: list[str] = []
@@ -38,10 +39,14 @@ def results(
         arm, right[name], states[name], source_P = _arm(name, rows, count)
         arms.append(arm)
     written = [arm["arm"] for arm in arms if arm["states_answer"]]
+    # arms that are all counted alike
+    numbers = any(arm["by_last_number"] is not None for arm in arms)
+    other = count != COUNTS[0] and numbers
+    comparable = [arm["arm"] for arm in arms if not other or arm["by_last_number"] is not None]
     return {
         "count": count,
         "arms": arms,
-        "comparisons": _comparisons(right),
+        "comparisons": _comparisons({name: right[name] for name in comparable}),
         "sources": [
             {
                 "source": source,
@@ -73,12 +78,14 @@ def _arm(
     good: list[float] = []
     other: list[float] = []
     states: list[int] = []
+    undecided = 0
     for row in rows:
         right.append(row["score"] == 1.0)
         last.append(ends_with_number(row["solution"], row["reference"]))
         sources.append(row["source"])
         # answers of an earlier version have none
         scores_of = row.get("tries", [])
+        undecided += bool(scores_of) and row["answer"] is None and not row["solution"]
         tries.append((len(scores_of), sum(score == 1.0 for score in scores_of)))
         rules.append(row.get("vote_rules") or {})
         count["errors"] += row["error"] is not None
@@ -110,6 +117,8 @@ def _arm(
         count["checks"] += sum(x[2] is not None for _, x in known)
         count["honest"] += sum(x[2] is True for _, x in known)
     P = len(right)
+    # a choice among tries by the answers that they state has no text where none of them states one
+    last = [None] * P if undecided else last
     last_P = np.array([whole if x is None else x for x, whole in zip(last, right, strict=True)], bool)
     right_P, states_P = np.array(right, bool) if by == COUNTS[0] else last_P, np.array(states, int)
     seconds = sum(total[part] for part in SECONDS) / P
@@ -121,7 +130,7 @@ def _arm(
         "accuracy": float(right_P.mean()),
         "interval": compare.interval(right_P),
         "score": scores / P,
-        # None where no reference is a number
+        # None where no reference is a number, and where the answer was chosen among tries that state none
         "by_last_number": None if all(x is None for x in last) else float(last_P.mean()),
         "tries": _tries(tries),
         "vote_rules": _vote_rules(rules, right),

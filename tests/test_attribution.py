@@ -16,6 +16,7 @@ from ranks import ROOT, clean_environment
 from scipy import stats
 
 from mass import attribution, compare, curves, evaluate, figures, results, tally
+from mass.errors import MassError
 from mass.kit import plan
 
 DATA = Path(__file__).parent / "data"
@@ -189,6 +190,12 @@ def test_the_batch_size_changes_nothing_but_rounding(run: Path, done: Path) -> N
         for key in ("credit_uniform", "change_uniform", "one_step", "score"):
             a, b = (np.array([row[key] for row in some], float) for some in (rows, others))
             np.testing.assert_allclose(a, b, rtol=0.02, atol=0.01 * np.nanmax(np.abs(b)))
+
+
+def test_without_an_inner_loop_there_is_no_credit(run: Path) -> None:
+    wanted = plan(str(run), None, ["inner.steps=0"])
+    with pytest.raises(MassError, match="inner.steps=0 takes none"):
+        attribution.choose(wanted, evaluate.held_out(wanted, [], made=False).tasks, 3)
 
 
 def test_problems_without_a_valid_example_have_no_numbers(run: Path) -> None:

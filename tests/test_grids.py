@@ -90,6 +90,19 @@ def test_solved_problems_demonstrate_the_others_of_their_subject(tmp_path: Path)
         load_problems(str(file), demonstrations=4)
 
 
+def test_demonstrations_are_read_as_problems_are(tmp_path: Path) -> None:
+    """By the columns of each row, and a text that states an answer gives the answer."""
+    file = tmp_path / "own.jsonl"
+    rows = [{"problem": f"{i}?", "answer": f"work <<1+1=2>>2\n#### {i}"} for i in range(6)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for columns in (None, {"problem": "question"}):
+        tasks = load_tasks(str(file), demonstrations=2, columns=columns)
+        assert len(tasks) == 4 and all(len(t.problem.demonstrations) == 2 for t in tasks)
+        assert {(p, f"{a}?") for t in tasks for p, a in t.problem.demonstrations} == {
+            (f"{i}?", f"{i}?") for i in range(6) if f"{i}?" not in {t.problem.text for t in tasks}
+        }
+
+
 def test_a_problem_that_is_no_text_is_one_bad_line_beside_demonstrations_too(tmp_path: Path) -> None:
     file = tmp_path / "odd.jsonl"
     rows = [{"problem": f"{i}?\ud800" if i == 3 else f"{i}?", "answer": str(i)} for i in range(7)]

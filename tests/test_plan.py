@@ -9,7 +9,7 @@ import torch
 from chain import save_problems
 from tiny import tiny
 
-from mass import lora, plan
+from mass import lora, memory, plan
 from mass.batch import Sequence, pack
 from mass.errors import MassError
 from mass.forward import loss_and_grad
@@ -99,3 +99,53 @@ def test_a_bad_plan_is_refused() -> None:
     assert plan.machines("1") == (1, None) and plan.machines("8x79.5") == (8, 79.5)
     with pytest.raises(MassError, match="--plan=8x80"):
         plan.machines("eight")
+
+
+def test_a_step_without_a_gradient_at_the_start_counts_none(tmp_path: Path) -> None:
+    """And the passes that only look: the scorer's features, and the loss that tells whether a loop exploded."""
+
+    def flops(*overrides: str) -> dict[str, float]:
+        return plan._flops(recipe(tmp_path, *overrides), 100, 10)
+
+    both, after = (flops(f"outer.gamma={g}")["outer loss, before and after"] for g in (1, 0))
+    # two forward and two backward passes, or one backward
+    assert after / both == pytest.approx(3 / 4)
+    loop = "inner loop and meta, reverse"
+    train = 2 * 3 * (plan.PROMPT + 16)
+    assert flops("inner.max_growth=3")[loop] - flops("inner.max_growth=null")[loop] == 2.0 * 110 * train
+    assert flops()["score"] == 2.0 * 100 * train
+
+
+def test_the_report_says_what_fits_and_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines of 8, 6 and 3 GB over 2 GB of weights."""
+    gb = 10**9
+    peaks = {
+        "reverse": memory.Peak(8 * gb, 0, 0),
+        "blockwise": memory.Peak(6 * gb, 0, 0),
+        "finite_difference": memory.Peak(3 * gb, 0, 0),
+    }
+    made = plan.Plan({"base": 2 * gb}, {}, {"KV cache": gb}, peaks, {"generate": 1e12}, {})
+    assert [made.total(name) for name in peaks] == [10 * gb, 8 * gb, 5 * gb]
+    monkeypatch.setattr(plan, "make", lambda *_: made)
+    r = recipe(tmp_path)
+
+    def report(limit: float) -> list[str]:
+        return plan.report(r, 1, limit).splitlines()
+
+    def fits(limit: float) -> list[bool]:
+        rows = [line for line in report(limit) if line.split()[:1] and line.split()[0] in peaks]
+        assert len(rows) == 3 and all(line.endswith((" fits", "does not fit")) for line in rows)
+        return [line.endswith(" fits") for line in rows]
+
+    assert [fits(limit) for limit in (10.0, 9.9, 5.0, 4.9)] == [
+        [True, True, True], [False, True, True], [False, False, True], [False, False, False]
+    ]  # fmt: skip
+    assert report(10.0)[-1] == "The fastest exact engine that fits: reverse."
+    assert report(9.9)[-1] == "The fastest exact engine that fits: blockwise."
+    assert report(5.0)[-1].startswith("No exact engine fits") and "finite_difference" in report(5.0)[-1]
+    nothing = "\n".join(report(4.9))
+    assert "Nothing fits." in nothing and "The gradients are too large" in nothing
+    assert "Generation is too large" not in nothing and "The base alone" not in nothing
+    tiny_limit = "\n".join(report(1.0))
+    assert "The base alone is too large" in tiny_limit and "Generation is too large" in tiny_limit
+    assert not any("fit" in line for line in plan.report(r, 1, None).splitlines())

@@ -174,6 +174,12 @@ def test_what_cannot_be_pooled_is_named(
     results.write(tmp_path / "empty", {"command": ["x"], **pool.pooled([first, second])})
     with pytest.raises(MassError, match="it is a pool itself"):
         pool.pooled([first, tmp_path / "empty"])
+    for name in ("bare-0", "bare-1"):
+        (tmp_path / name).mkdir()
+        found = json.loads((first / "results.json").read_text())
+        (tmp_path / name / "results.json").write_text(json.dumps(found | {"arms": []}))
+    with pytest.raises(MassError, match="no arms, only --credit"):
+        pool.pooled([tmp_path / "bare-0", tmp_path / "bare-1"])
     lines = (third / "none.jsonl").read_text().splitlines(True)
     (third / "none.jsonl").write_text("".join(reversed(lines)))
     with pytest.raises(MassError, match="have answers to other problems"):

@@ -89,6 +89,25 @@ def test_columns_of_gsm8k_and_math_as_on_the_hub(tmp_path):
     assert task.verifier == "exact"
 
 
+@pytest.mark.parametrize(
+    "answer, solution, want",
+    [
+        ("2+5 is 7. The answer is 7.", None, ("7", "2+5 is 7. The answer is 7.")),
+        ("thus \\boxed{72}", None, ("72", "thus \\boxed{72}")),
+        ("steps #### 72", "own steps", ("72", "own steps\nAnswer: 72")),
+        ("#### 72", None, ("72", "Answer: 72")),
+        ("blue", None, ("blue", "Answer: blue")),
+    ],
+)
+def test_an_answer_that_is_stated_in_a_text_is_what_is_asked_for(tmp_path, answer, solution, want):
+    (task,) = load_tasks(
+        write(tmp_path / "t.jsonl", [{"problem": "p", "answer": answer, "solution": solution}])
+    )
+    assert (task.answer, task.solution) == want
+    assert rewards.Verifier().verify(f"So. Answer: {task.answer}", task).score == 1
+    assert rewards.find_answer(task.solution) == task.answer
+
+
 def test_every_bad_training_line_is_counted_and_the_first_five_named(tmp_path):
     path = tmp_path / "bad.jsonl"
     good = json.dumps({"problem": "p", "answer": "a"}).encode()

@@ -18,6 +18,14 @@ def test_names_and_sources_are_text_in_the_report(tmp_path: Path) -> None:
     assert "<script>alert(1)</script>\\|$x_1$ | 0.500" in (tmp_path / "results.md").read_text()
 
 
+def test_names_with_dollars_are_no_formulas(tmp_path: Path) -> None:
+    odd = r"$\alg$ and $x_{$"
+    found = tally.results({odd: [row(1.0, odd)], "none": [row(0.0, odd)]})
+    found |= {"command": ["x"], "seed": 0, "versions": {}, "weights": {}, "problems": 1, "left_out": 0, "repeated": 0}  # fmt: skip
+    results.write(tmp_path, found)
+    assert any(odd in path.read_text() for path in (tmp_path / "figures").iterdir())
+
+
 def test_the_other_count_has_a_column_where_it_differs() -> None:
     def heads(count: str, *rows: dict[str, Any]) -> list[str]:
         return results.tables(tally.results({"none": rows}, count=count) | {"problems": len(rows)})[0][1]

@@ -132,3 +132,25 @@ def test_examples_that_state_the_answer_of_their_target() -> None:
     assert b == {"mass": {"examples": 1, "problems": 1, "right": 1, "right_others": 0}}
     other["examples"][0] |= {"problem": "82", "valid": False, "reason": "copy"}
     assert tally.results({"mass": [other]})["arms"][0]["states_answer"]["examples"] == 0
+
+
+def test_a_choice_among_tries_that_state_nothing_has_no_last_number() -> None:
+    """A vote has no text then, and cannot be counted as the other arms are."""
+    said = [row(0.0, solution="= 12", answer=None), row(1.0, solution="Answer: 12")]
+    chosen = [
+        row(0.0, solution="", answer=None, tries=[0.0, 0.0]),
+        row(1.0, solution="Answer: 12", tries=[1.0]),
+    ]
+    found = tally.results({"none": said, "vote": chosen, "mass": said}, count="last-number")
+    none, vote, _ = found["arms"]
+    assert (none["accuracy"], none["by_last_number"]) == (1.0, 1.0)
+    assert (vote["accuracy"], vote["by_last_number"]) == (0.5, None)
+    assert [(x["arm"], x["against"]) for x in found["comparisons"]] == [("mass", "none")]
+    stated = tally.results({"none": said, "vote": chosen, "mass": said})
+    assert {x["against"] for x in stated["comparisons"]} == {"none", "vote"}
+    # where every choice has a text, or no reference is a number, all are compared
+    whole = tally.results({"none": said, "vote": chosen[1:] * 2, "mass": said}, count="last-number")
+    words = tally.results(
+        {"none": [row(1.0, reference="x")], "vote": [row(0.0, reference="x")]}, count="last-number"
+    )
+    assert len(whole["comparisons"]) == 3 and len(words["comparisons"]) == 1

@@ -172,6 +172,8 @@ def test_world_tasks_carry_what_the_truth_needs():
     assert train != load_tasks("world:families", size=30, world=settings, seed=4)
     assert len({t.problem.id for t in train}) == 30 and {t.verifier for t in train} == {"exact"}
     assert not {t.source for t in train} & {t.source for t in held}
+    # a part of the training problems is of the training problems
+    assert load_tasks("world:families", size=30, world=settings, seed=3, split="train[:500]") == train
     split = split_tasks(train, held, 30, seed=3)
     assert (len(split.train), len(split.heldout)) == (30, 30)
     task = replace(train[0], entry=json.loads(json.dumps(train[0].entry)))
