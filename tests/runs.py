@@ -64,7 +64,7 @@ def no_leftovers(folder: Path) -> None:
 
 
 def is_run_folder(run: Path, steps: list[int], tensorboard: bool = True) -> None:
-    """Section 5 of the design: everything there, complete, and nothing beside."""
+    """Everything there, complete, and nothing beside."""
     assert (run / "recipe.yaml").is_file() and (run / "samples.jsonl").is_file()
     assert any((run / "tb").glob("events*")) == tensorboard
     assert (run / "latest").read_text() == f"step_{steps[-1]:06d}\n"

@@ -98,7 +98,7 @@ def test_the_scorer_gets_one_and_the_same_gradient_in_every_mode(
                 atol=1e-10 + (1e-4 if loose else 1e-7) * want.abs().max().item(),
             )
     if loss == "verifier":
-        assert {0.0, 1.0} != {results["reverse"].metrics["reward/solve_after"]}
+        assert 0 < results["reverse"].metrics["reward/solve_after"] < 1, "equal rewards say nothing"
         assert results["reverse"].metrics["meta/loss"] == pytest.approx(
             1 - results["reverse"].metrics["reward/solve_after"]
         )

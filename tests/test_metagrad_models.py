@@ -47,10 +47,7 @@ def architecture(name: str) -> tuple[World, references.Truth]:
     ],
 )
 def test_blockwise_on_other_architectures_is_right_or_refused(kind: str, settings: dict[str, int]) -> None:
-    try:
-        world = worlds.populate(foreign(kind, vocab_size=260, **settings), 2, torch.float32)
-    except MassError:
-        return
+    world = worlds.populate(foreign(kind, vocab_size=260, **settings), 2, torch.float32)
     got = [meta(world, engine, *RULES["sgd"], 2).weight_TN for engine in ("blockwise", "reverse")]
     assert error(*got) < 1e-4
 

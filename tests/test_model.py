@@ -310,8 +310,8 @@ def test_unwritable_cache_says_so(gguf_package: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_real_package(tmp_path: Path) -> None:
-    """Half a minute where the cache is empty. The converted model is SmolLM2: it knows a fact, and its chat template."""
-    hf, tokenizer = load(GGUF, device="cpu")
+    """Half a minute: the cache is empty. The converted model is SmolLM2: it knows a fact, and its chat template."""
+    hf, tokenizer = load(GGUF, device="cpu", cache=tmp_path / "cache")
     # in bf16, where its rounding is largest: on a CPU without instructions for it, too
     check_model(hf)
     assert (
@@ -321,6 +321,6 @@ def test_the_real_package(tmp_path: Path) -> None:
     assert tokenizer.decode(hf(torch.tensor([ids])).logits[0, -1].argmax()) == " Paris"
     assert "<|im_start|>" in tokenizer.chat_template
     # the folder stands alone
-    shutil.copytree(model._converted(GGUF, "bf16", None), tmp_path / "copy")
+    shutil.copytree(model._converted(GGUF, "bf16", tmp_path / "cache"), tmp_path / "copy")
     again, _ = load(str(tmp_path / "copy"), device="cpu")
     assert all(torch.equal(a, b) for a, b in zip(hf.parameters(), again.parameters(), strict=True))

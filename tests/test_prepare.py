@@ -10,6 +10,7 @@ from mass import memory, prepare
 from mass.batch import Packed, Sequence, pack
 from mass.blocks import attends_fully
 from mass.distributed import World
+from mass.errors import MassError
 from mass.practice import pack_examples, solve_sequence
 from mass.prompts import Example
 from mass.recipe import load
@@ -87,3 +88,17 @@ def test_auto_plans_for_no_generator_where_none_is_trained(monkeypatch: pytest.M
         recipe = load(ROOT / "recipes/smoke.yaml", ["meta_gradient.mode=auto", *changes])
         prepare.make_setting(recipe, World(0, 1, torch.device("cpu")), [], None)
     assert told == [(True, 1), (True, 1), (False, 2), (False, 2), (False, 4)]
+
+
+def test_a_model_without_blocks_is_not_recomputed_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(*_: Any) -> None:
+        raise MassError("its blocks were not found.")
+
+    monkeypatch.setattr(prepare.blocks, "split", lost)
+    own = ["inner.checkpoint=true", "meta_gradient.mode=reverse"]
+    recipe = load(ROOT / "recipes/smoke.yaml", own)
+    _, _, pool = prepare.tasks_of(recipe)
+    with pytest.raises(
+        MassError, match="not found.*inner.checkpoint=true needs the blocks too: set it to false"
+    ):
+        prepare.make_setting(recipe, World(0, 1, torch.device("cpu")), pool, None)

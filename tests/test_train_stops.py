@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import Ranks
-from runs import is_run_folder, log_of, one_sentence, step_of, tensors
+from runs import STEP_FILES, is_run_folder, log_of, one_sentence, step_of, tensors
 
 
 def disturbed(argv: list[str], what: str, steps: list[int], rank: int) -> None:
@@ -92,6 +92,31 @@ def test_gradients_that_are_not_finite_are_skipped_counted_and_end_the_run(
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
+def test_a_run_branched_from_another_s_step_goes_on_from_there_when_it_is_killed_before_its_first_save(
+    ranks: Ranks, recipe: Path, tmp_path: Path
+) -> None:
+    own = [str(recipe), f"run.folder={tmp_path}"]
+    ranks("test_train_stops:disturbed", [*own, "run.name=a", "outer.steps=2"], "nan", [0], 0).good()
+    start, branch = step_of(tmp_path / "a", 2), [*own, "outer.steps=4", "save.every=50"]
+    from_a = [*branch, f"run.resume={start}"]
+    ranks("mass.train:main", [*from_a, "run.name=whole"]).good()
+    done = ranks("test_train_stops:disturbed", [*from_a, "run.name=b"], "SIGKILL", [3], 0)
+    assert done.codes == [-9], done
+    # the step that its parent skipped is no news
+    assert "step 3/4" in done.out[0] and "skipped 1" in done.out[0] and "was skipped" not in done.out[0]
+    is_run_folder(tmp_path / "b", [2])
+    for name in STEP_FILES - {"meta.json"}:
+        assert (step_of(tmp_path / "b", 2) / name).read_bytes() == (start / name).read_bytes(), name
+    done = ranks("mass.train:main", [*branch, "run.name=b", "run.resume=auto"]).good()
+    assert f"continuing {tmp_path}/b/step_000002 at step 2" in done.out[0]
+    assert [entry["step"] for entry in log_of(tmp_path / "b")] == [2, 3, 4]
+    is_run_folder(tmp_path / "b", [2, 4])
+    a, b = (tensors(step_of(tmp_path / name, 4)) for name in ("whole", "b"))
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_full_disk_while_saving_loses_nothing_that_was_saved(
     ranks: Ranks, recipe: Path, small_disk: Path, world: int
@@ -109,7 +134,8 @@ def test_a_full_disk_while_saving_loses_nothing_that_was_saved(
     done = ranks("mass.train:main", [*own, "run.resume=auto"], world=world)
     one_sentence(done, "no space left while saving step_000002", "step_000001 and earlier saves are safe")
     is_run_folder(small_disk / "run", [1], tensorboard=False)
-    assert tensors(step_of(small_disk / "run", 1)).keys() == before.keys()
+    after = tensors(step_of(small_disk / "run", 1))
+    assert after.keys() == before.keys() and all(torch.equal(after[key], x) for key, x in before.items())
     (small_disk / "filler").unlink()
     ranks("mass.train:main", [*own, "run.resume=auto", "outer.steps=2", "save.keep=1"], world=world).good()
     is_run_folder(small_disk / "run", [2], tensorboard=False)
