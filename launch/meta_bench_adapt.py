@@ -19,11 +19,12 @@ from transformers import GenerationConfig
 from mass import lora
 from mass.batch import Sequence
 from mass.choices import Kit, shots_for
-from mass.kit import build_kit, plan
+from mass.kit import build_kit
 from mass.methods import Record, solve
 from mass.practice import seed_of, solve_sequence
 from mass.problems import Problem, load_tasks
 from mass.prompts import Example, filter_examples, parse_example
+from mass.wanted import plan
 
 Row = dict[str, Any]
 

@@ -24,7 +24,7 @@ from mass.chat import Refusal, problem_of, read_chat
 from mass.choices import Kit
 from mass.errors import MassError
 from mass.filerun import as_fields
-from mass.methods import AUTO, METHODS, find
+from mass.methods import AUTO, METHODS, find_for
 
 # how often it is looked whether a client has left, and how often a stream that has nothing to say yet shows that it lives
 LOOK_SECONDS, ALIVE_SECONDS = 0.2, 5.0
@@ -175,14 +175,7 @@ class Metrics:
 
 def _usable(kit: Kit, method: str) -> bool:
     try:
-        find(
-            method,
-            has_scorer=kit.head is not None,
-            has_pool=bool(kit.pool),
-            steps=kit.steps,
-            has_teacher=kit.teacher is not None,
-            has_chooser=kit.chooser is not None,
-        )
+        find_for(kit, method)
     except MassError:
         return False
     return True

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from mass.choices import Kit, by_truth
 from mass.choices.guards import fisher_information
 from mass.errors import MassError
-from mass.kit import Plan, plan, settings_key
-from mass.methods import AUTO, METHODS, find
+from mass.methods import AUTO, METHODS
 from mass.problems import Task, has_truth
+from mass.wanted import Plan, plan, settings_key
 
 BASE = "base"
 _ARM = re.compile(r"(?:(?P<run>[^\[\]]+):)?(?P<method>[^\[\]:]+)(?:\[(?P<settings>.*)\])?", re.DOTALL)
@@ -35,7 +35,7 @@ class Arm:
     @property
     def key(self) -> str:
         """16 hexadecimal digits of all that its answers depend on."""
-        text = f"{settings_key(self.plan)} {self.method} {self.bare}"
+        text = f"{settings_key(self.plan, self.method)} {self.method} {self.bare}"
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
@@ -138,18 +138,8 @@ def _arm(name: str, wanted: Plan, overrides: Sequence[str], own: tuple[str | Non
     least = found.recipe.generate.answer_tokens
     if budget is not None and budget < least:
         raise MassError(f"a budget of {budget} is less than generate.answer_tokens={least}: raise it")
-    if bare:
-        find(
-            match["method"],
-            has_scorer=False,
-            has_pool=found.has_pool,
-            has_teacher=found.teacher is not None,
-            has_truth=True,
-            steps=found.recipe.inner.steps,
-        )
-    else:
-        # of which source the problems are is looked at where they are there
-        found.method(match["method"], has_truth=True)
+    # of which source the problems are is looked at where they are there
+    found.method(match["method"], has_truth=True, bare=bare)
     return Arm(name, found, match["method"], bare)
 
 

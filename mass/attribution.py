@@ -16,7 +16,7 @@ from mass import checkpoint, compare, credit, episode, metrics, outer
 from mass.choices import Kit, Room, self_made
 from mass.choices.kit import overlong
 from mass.errors import MassError
-from mass.kit import Plan, build_kit
+from mass.kit import build_kit
 from mass.lora import Adapter
 from mass.model import context_length
 from mass.practice import Practice, features, solve_sequence
@@ -24,6 +24,7 @@ from mass.problems import Task
 from mass.prompts import pick_shots
 from mass.rewards import Verifier
 from mass.setting import Setting, TaskBatch, rate_name, task_batch
+from mass.wanted import Plan
 
 # the weights under which credit and truth are taken: ending of a row's keys -> what they are called
 UNDER = {"": "scorer's weights", "_uniform": "uniform weights"}

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from mass.choices import Kit, shots_for
-from mass.errors import MassError
 from mass.methods import Record, solve
 from mass.problems import Problem
 
@@ -158,14 +157,20 @@ class Batcher:
         handle = embedding.register_forward_pre_hook(check)
         try:
             records = solve(kit, [job.problem for job in jobs], method, baselines=False)
-            sizes = [len(kit.prompts.solve(j.problem.text, shots_for(kit, j.problem).solve)) for j in jobs]
+            sizes = [
+                # one with an error may have no prompt
+                len(kit.prompts.solve(j.problem.text, shots_for(kit, j.problem).solve))
+                if r.error is None
+                else 0
+                for j, r in zip(jobs, records, strict=True)
+            ]
         except _Left:
             for job in jobs:
                 job.result.set_exception(Closed() if self._closed else TimeoutError())
             return
         except Exception as error:  # whatever it is, the thread has to go on
             handle.remove()
-            if len(jobs) > 1 and not isinstance(error, MassError):
+            if len(jobs) > 1:
                 _log.warning("a batch of %d failed (%r): its problems one by one", len(jobs), error)
                 for job in jobs:
                     self._solve([job])

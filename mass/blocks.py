@@ -109,14 +109,19 @@ def enter(parts: Split, packed: Packed) -> Call:
         seen.append((hidden, args, kwargs))
         return hidden
 
+    # a user's own (accelerate hooks a module so) comes back
+    own = [block.__dict__.get("forward") for block in parts.blocks]
     for block in parts.blocks:
         block.forward = stub  # type: ignore[method-assign]
     try:
         with torch.no_grad():
             parts.body(**model_inputs(parts.body, packed), use_cache=False)
     finally:
-        for block in parts.blocks:
-            del block.forward
+        for block, forward in zip(parts.blocks, own, strict=True):
+            if forward is None:
+                del block.forward
+            else:
+                block.forward = forward
     return Call(seen[0][0], [(args, kwargs) for _, args, kwargs in seen])
 
 

@@ -31,6 +31,7 @@ from mass import stepfolder
 from mass.errors import MassError
 from mass.log import fsync_folder, no_space, write_atomic
 from mass.lora import Layers
+from mass.schema import KEYS
 from mass.stepfolder import STEP, Contents, number, read_meta
 
 # a change of these makes another network: its tensors would not fit
@@ -45,7 +46,7 @@ class Run:
     """An open run folder, and the step folder to continue from (None: a new run).
 
     changed: "key: old -> new" for each recipe key that is not as the run was made with. recipe: the text of the new one.
-    aside: later steps, renamed by `commit`.
+    aside: later steps, renamed by `commit`. branches: `start` is a step of another run, which `auto` would not find.
     """
 
     folder: Path
@@ -53,6 +54,7 @@ class Run:
     changed: tuple[str, ...] = ()
     recipe: str = ""
     aside: tuple[str, ...] = ()
+    branches: bool = False
 
 
 def open_run(folder: Path, name: str, recipe_yaml: str, resume: str | Path) -> Run:
@@ -80,7 +82,8 @@ def open_run(folder: Path, name: str, recipe_yaml: str, resume: str | Path) -> R
             changed = _changes(start, recipe_yaml)
     except OSError as error:
         raise _not_writable(root, error) from error
-    return Run(root, start, changed, recipe_yaml)
+    branches = start is not None and start.parent.resolve() != root.resolve()
+    return Run(root, start, changed, recipe_yaml, branches=branches)
 
 
 def commit(run: Run) -> Run:
@@ -91,7 +94,7 @@ def commit(run: Run) -> Run:
     try:
         # first what a full disk can refuse
         write_atomic(run.folder / "recipe.yaml", run.recipe)
-        if run.start is not None and run.start.parent.resolve() == run.folder.resolve():
+        if run.start is not None and not run.branches:
             write_atomic(run.folder / "latest", run.start.name + "\n")
             aside = [_set_aside(step) for step in steps(run.folder) if number(step) > number(run.start)]
     except OSError as error:
@@ -274,13 +277,16 @@ def _changes(start: Path, recipe_yaml: str) -> tuple[str, ...]:
     try:
         old = _flat(OmegaConf.to_container(OmegaConf.create(path.read_text(encoding="utf-8"))))
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
-        raise MassError(f"{path} cannot be read ({error}): mend it, or choose another run.name") from None
+        why = " ".join(str(error).split())
+        raise MassError(f"{path} cannot be read ({why}): mend it, or choose another run.name") from None
     new = _flat(OmegaConf.to_container(OmegaConf.create(recipe_yaml)))
     keys = [key for key in {**old, **new} if key not in ("run.name", "run.folder", "run.resume")]
+    # a network saved before one of its keys existed is what that key's default makes
+    was = {key: KEYS[key].default for key in keys if key in KEYS and key.startswith(ARCHITECTURE)} | old
     changed = {
         key: f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
         for key in keys
-        if old.get(key, "absent") != new.get(key, "absent")
+        if was.get(key, "absent") != new.get(key, "absent")
     }
     other = [line for key, line in changed.items() if key.startswith(ARCHITECTURE)]
     if other:

@@ -22,13 +22,14 @@ from rich.progress import Progress
 from mass import filerun, page
 from mass.errors import MassError
 from mass.filerun import Item, as_line, as_row, group, key_of, run_batches
-from mass.kit import Plan, build_kit, plan, settings_key
+from mass.kit import build_kit
 from mass.log import no_space
 from mass.methods import AUTO, METHODS, Record
 from mass.problems import load_problems, text_problem
 from mass.recipe import Recipe
 from mass.share import Share, join, launched
 from mass.view import view
+from mass.wanted import Plan, plan, settings_key
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -144,7 +145,7 @@ def _run(args: argparse.Namespace, out: IO[str]) -> None:
     if args.method is None and method == "quest" and share.rank == 0:
         _say("there is no trained scorer here, so the method is quest: all examples count alike")
     torch.set_num_threads(wanted.recipe.run.threads)
-    settings = f"{settings_key(wanted)} {method} {not args.no_baselines}"
+    settings = f"{settings_key(wanted, method)} {method} {not args.no_baselines}"
     settings = hashlib.sha256(settings.encode()).hexdigest()[:16]
     keys = [key_of(item, settings) for item in items]
     path = None if args.out is None else Path(args.out)
@@ -164,9 +165,17 @@ def _run(args: argparse.Namespace, out: IO[str]) -> None:
     # a batch of which a kill has left a part is done again whole: rounding depends on who shares it
     batches = [batch for batch in shared if not done.issuperset(batch)]
     shown: list[dict[str, Any]] = []
+    read = share.size == 1
     for row, record in _work(wanted, items, batches, done, keys, method, path, not args.no_baselines):
-        if share.size == 1:
-            _show(out, args.json, row, record)
+        try:
+            if read:
+                _show(out, args.json, row, record)
+        except BrokenPipeError:
+            # the reader has gone (head, less); the file wants the rest all the same
+            if path is None:
+                raise
+            _silence(out)
+            read = False
         if html is not None and path is None:
             shown.append(row)
     # also where nothing was left to answer: a kill may have come before the lines were sorted
@@ -224,7 +233,10 @@ def _show(out: IO[str], as_json: bool, row: dict[str, Any], record: Record) -> N
         print(as_line(row), file=out, flush=True)
         return
     console = Console(file=out, highlight=False, width=None if out.isatty() else 120)
-    console.print(view(record, console.width, console.encoding))
+    # rich would end the process where the reader has gone
+    with console.capture() as text:
+        console.print(view(record, console.width, console.encoding))
+    print(text.get(), end="", file=out, flush=True)
 
 
 def _processes(args: argparse.Namespace) -> tuple[Share, list[str]]:

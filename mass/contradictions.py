@@ -39,6 +39,12 @@ def _at_all(r: Recipe) -> Iterator[tuple[str, str]]:
     if r.guard.heldout and r.inner.max_growth is None:
         text = f"guard.heldout={r.guard.heldout:g} picks a step by losses that inner.max_growth=null does not look at"
         yield "guard.heldout inner.max_growth", f"{text}. Leave inner.max_growth out."
+    if r.inner.optimizer == "adam" and r.inner.steps > 0 and r.inner.eps == r.inner.eps_root == 0:
+        yield (
+            "inner.optimizer inner.steps inner.eps inner.eps_root",
+            "inner.optimizer=adam with inner.eps=0 and inner.eps_root=0: a gradient that is exactly zero, as those of a fresh "
+            "adapter's A are, is divided by its size, and 0/0 is NaN. Leave inner.eps out (1e-8), or use inner.eps_root=1e-4.",
+        )
     if pool < 2 * shots:
         text = (
             f"prompt.generate_shots={shots} shows two problems each, more than prompt.pool={pool} sets aside"

@@ -8,11 +8,11 @@ from typing import NamedTuple
 from mass import checkpoint
 from mass.arms import Arm
 from mass.errors import MassError
-from mass.kit import Plan
 from mass.problems import Task, content_key
 from mass.recipe import load as load_recipe
 from mass.sources import load_all, load_named
 from mass.splits import digest
+from mass.wanted import Plan
 
 
 class Problems(NamedTuple):

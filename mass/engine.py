@@ -27,6 +27,8 @@ FOREIGN = {
     "amp.enabled": "fp32 outer parameters, always",
     "zero_optimization.offload_param": "zero.offload=all, which moves the base",
 }
+# what a user's file says of a setting, or of a whole group, that it leaves to others
+ABSENT = ("auto", None)
 # our settings by the recipe key they come from
 SOURCE = {
     "gradient_clipping": "outer.clip_grad",
@@ -56,7 +58,7 @@ def settings(stage: int, clip: float, offload: bool = False) -> dict[str, Any]:
 
 
 def merge(path: str, ours: Mapping[str, Any], world: int) -> dict[str, Any]:
-    """A user's own DeepSpeed JSON with our settings in it. "auto" is a value that agrees with everything.
+    """A user's own DeepSpeed JSON with our settings in it. "auto" and null agree with everything, as if they were not there.
 
     Raises one MassError that names every entry which contradicts the recipe.
     """
@@ -69,13 +71,18 @@ def merge(path: str, ours: Mapping[str, Any], world: int) -> dict[str, Any]:
     has = _flat(theirs)
     wants = _flat(ours) | {"train_batch_size": world}
     wants.setdefault("zero_optimization.offload_optimizer.device", "none")
+    groups = {name.rpartition(".")[0] for name in [*wants, *FOREIGN]} - {""}
     faults = []
     for name, value in has.items():
-        if name in wants and value not in ("auto", wants[name]):
+        if value in ABSENT:
+            continue
+        if name in groups:
+            faults.append(f"{name}={json.dumps(value)}, where an object is wanted")
+        if name in wants and value != wants[name]:
             source = next((key for start, key in SOURCE.items() if name.startswith(start)), "mass itself")
             faults.append(f"{name}={json.dumps(value)}, where {source} stands for {json.dumps(wants[name])}")
         for start, key in FOREIGN.items():
-            if (name == start or name.startswith(f"{start}.")) and value not in (False, None, "auto", "none"):
+            if (name == start or name.startswith(f"{start}.")) and value not in (False, "none"):
                 faults.append(f"{name}={json.dumps(value)}, which belongs to {key}")
     if faults:
         lines = "\n  ".join(faults)
@@ -94,9 +101,13 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _within(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
     """Both trees; ours where both have a value."""
-    out = {key: value for key, value in theirs.items() if value != "auto"}
+    out = {
+        key: _within(value, {}) if isinstance(value, dict) else value
+        for key, value in theirs.items()
+        if value not in ABSENT
+    }
     for key, value in ours.items():
-        out[key] = _within(theirs.get(key) or {}, value) if isinstance(value, dict) else value
+        out[key] = _within(out.get(key, {}), value) if isinstance(value, dict) else value
     return out
 
 

@@ -26,12 +26,12 @@ from mass.answers import answer_all
 from mass.arms import Arm
 from mass.disjoint import Problems, held_out
 from mass.errors import MassError
-from mass.kit import Plan, plan
 from mass.log import no_space, write_atomic
 from mass.methods import METHODS
 from mass.problems import Task
 from mass.rewards import require
 from mass.share import Share, join
+from mass.wanted import Plan, plan
 
 VERSIONS = ("torch", "transformers", "numpy", "scipy", "statsmodels", "reasoning-gym", "math-verify")
 

@@ -34,7 +34,8 @@ def packed_linears(hf: nn.Module) -> Iterator[None]:
     able = has_bf16_products()
     try:
         for linear in hf.modules():
-            if able and type(linear) is nn.Linear and _packable(linear):
+            # a forward of its own (a hook of accelerate) does more than the product: it stays
+            if able and type(linear) is nn.Linear and _packable(linear) and "forward" not in linear.__dict__:
                 forward = _packed_forward(linear)
                 if forward is None:
                     break
@@ -44,6 +45,13 @@ def packed_linears(hf: nn.Module) -> Iterator[None]:
     finally:
         for linear in patched:
             del linear.__dict__["forward"]
+
+
+def forget(hf: nn.Module) -> None:
+    """Drop a model's packed weights. Its owner may write to its weights in a way that leaves no mark: PEFT merges through `.data`,
+    which keeps address and version."""
+    for module in hf.modules():
+        _packed.pop(module, None)  # type: ignore[call-overload]
 
 
 def has_bf16_products() -> bool:
@@ -82,7 +90,14 @@ def _packed_forward(linear: nn.Linear) -> Callable[..., Tensor] | None:
             return multiply(x, packed, bias, "none", [], "")
         return multiply_add(x, plus, packed, bias, "add")
 
+    forward.takes_update = True  # type: ignore[attr-defined]
     return forward
+
+
+def _taking_update(base: nn.Module) -> Callable[..., Tensor] | None:
+    """The layer's forward where it is a packed one, that adds an update itself."""
+    forward = base.__dict__.get("forward")
+    return forward if getattr(forward, "takes_update", False) else None
 
 
 class RowAdapters:
@@ -226,7 +241,7 @@ class RowAdapters:
             return self._low(x, stack.a).split_with_sizes(ranks, -1)
 
         def forward_of(base: nn.Module, at: int, b_TRO: Tensor) -> Forward:
-            packed = base.__dict__.get("forward")
+            packed = _taking_update(base)
 
             def forward(x: Tensor) -> Tensor:
                 low_TNR = self._once(lows, x)[at]
@@ -256,7 +271,7 @@ class RowAdapters:
 
         def forward_of(base: nn.Module, at: int) -> Forward:
             # called without the module around it, which takes as long as a small product
-            packed = base.__dict__.get("forward")
+            packed = _taking_update(base)
 
             def forward(x: Tensor) -> Tensor:
                 update = self._once(updates, x)[at]

@@ -14,10 +14,11 @@ from mass.choices import Kit
 from mass.choices.signals import signals
 from mass.chooser import CANDIDATES, Chooser
 from mass.errors import MassError
-from mass.kit import build_kit, plan
+from mass.kit import build_kit
 from mass.methods import solve_drawn, usable
 from mass.problems import Task, load_tasks
 from mass.rewards import Verifier
+from mass.wanted import plan
 
 # own answers that the signals are read from
 SAMPLES = 4

@@ -21,10 +21,11 @@ import torch
 from mass.choices import Kit
 from mass.errors import MassError
 from mass.filerun import Item, group, run_batches
-from mass.kit import build_kit, plan, settings_key
-from mass.methods import Record
+from mass.kit import build_kit
+from mass.methods import AUTO, Record
 from mass.problems import as_problems
 from mass.rewards import find_answer
+from mass.wanted import plan, settings_key
 
 try:
     from lm_eval.api.instance import Instance
@@ -94,7 +95,7 @@ class MassLM(LM):
         self._about = {
             "method": self.method,
             "run": None if wanted.step is None else str(wanted.step),
-            "settings": settings_key(wanted),
+            "settings": settings_key(wanted, self.method),
         }
         self._count = dict.fromkeys(("documents", "failed", "generated", "trained"), 0)
         self.kit = build_kit(wanted)
@@ -108,7 +109,7 @@ class MassLM(LM):
         wanted: dict[tuple[str, int], list[tuple[int, list[str]]]] = {}
         for i, request in enumerate(requests):
             context, given = request.args
-            tokens, until = _limits(given, self.kit)
+            tokens, until = _limits(given, self.kit, self.method)
             # repeats of a document are one problem: they have one answer
             rows[context, tokens] = _row(context)
             wanted.setdefault((context, tokens), []).append((i, until))
@@ -173,7 +174,7 @@ class MassLM(LM):
 # ---- from a request to a problem
 
 
-def _limits(given: dict[str, Any], kit: Kit) -> tuple[int, list[str]]:
+def _limits(given: dict[str, Any], kit: Kit, method: str) -> tuple[int, list[str]]:
     """The most tokens of an answer, and the stop strings. Raises MassError for what no method can honour."""
     wanted: Mapping[str, Any] = normalize_gen_kwargs(given, kit.answering.max_new_tokens)
     rest = dict(wanted)
@@ -192,10 +193,12 @@ def _limits(given: dict[str, Any], kit: Kit) -> tuple[int, list[str]]:
         )
     if tokens < 1:
         raise MassError(f"the task's generation_kwargs have max_gen_toks={tokens}: it wants 1 or more")
-    if kit.budget is not None and kit.budget < tokens:
+    # auto brings its own along
+    budget = kit.chooser.budget if method == AUTO and kit.chooser else kit.budget
+    if budget is not None and budget < tokens:
         raise MassError(
-            f"budget={kit.budget} is less than the {tokens} tokens that an answer of this task may take (max_gen_toks): "
-            f"raise it, or lower that with --gen_kwargs max_gen_toks={kit.budget}"
+            f"budget={budget} is less than the {tokens} tokens that an answer of this task may take (max_gen_toks): "
+            f"raise it, or lower that with --gen_kwargs max_gen_toks={budget}"
         )
     return tokens, until
 

@@ -1,6 +1,8 @@
 """The verifier's worker process (started by `mass.rewards.Verifier`): judges answers with Math-Verify and reasoning-gym.
 
-A process of its own, since they call sympy on what a model wrote: that can hang, eat memory or crash. No torch here.
+A process of its own, since they call sympy on what a model wrote: that can hang, eat memory or crash. While it judges, the
+plain ways to write a file, start a program or open a connection are barred; it reads what its user can read, and it is no
+sandbox against text that means to get out. Where models are not trusted, run mass in a container. No torch here.
 """
 
 from __future__ import annotations
@@ -27,15 +29,28 @@ class _TimeUp(BaseException):
 
 def serve() -> None:
     """The worker's loop: pairs (kind, question or None to load) come in, [score, status, reason] goes out."""
+    import _posixsubprocess
     import resource
+    import subprocess
 
     pipe, limit = Connection(int(sys.argv[1])), float(sys.argv[2])
     resource.setrlimit(resource.RLIMIT_AS, (_WORKER_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    # no file grows by a byte; a limit of processes would take the watchdog's thread, too
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     sys.dont_write_bytecode = True
     logging.disable(logging.CRITICAL)
     signal.signal(signal.SIGALRM, _time_up)
     judging = False
     sys.addaudithook(lambda event, args: _forbid(event, args) if judging else None)
+    fork_exec = _posixsubprocess.fork_exec
+
+    def start(*args: Any) -> int:
+        # what subprocess and multiprocessing start programs by raises no audit event of its own
+        if judging:
+            _forbid("subprocess.fork_exec", args)
+        return fork_exec(*args)
+
+    _posixsubprocess.fork_exec = subprocess._fork_exec = start  # type: ignore
     sink = open(os.devnull, "w")
     judges: dict[str, Callable[..., float]] = {}
     while True:
@@ -75,7 +90,8 @@ def _time_up(*_: object) -> None:
 
 def _forbid(event: str, args: tuple[Any, ...]) -> None:
     # Some reasoning-gym families (countdown, puzzle24, the integrals) give the answer to sympy.parse_expr, which is
-    # eval with the builtins in reach. No sandbox against an attacker, but no answer reaches disk, network or shell.
+    # eval with the builtins in reach. The plain ways to disk, network and shell are barred, which is what a model's text may
+    # stumble on. It is no sandbox: who means to get out does (the true fork_exec is in reach, some C code asks no hook).
     if event == "open":
         if not (isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
             return
@@ -94,6 +110,8 @@ _FORBIDDEN = (
     "urllib.",
     "signal.",
     "webbrowser.",
+    "sqlite3.",
+    "resource.",
 )
 
 

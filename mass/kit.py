@@ -1,144 +1,26 @@
-"""What mass-adapt works with: a run folder, a PEFT folder or a bare model, found out (`plan`) and loaded (`build_kit`)."""
+"""What test time works with, loaded: the kit of a plan (`mass.wanted`), and a user's own model for as long as it is lent."""
 
 import contextlib
 import dataclasses
-import hashlib
-import json
-import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mass import checkpoint, chooser, recipe, teacher, vllm_engine
+from mass import checkpoint, chooser, fastlinear, teacher, vllm_engine
 from mass.blocks import Split, split
 from mass.choices import Kit, Teacher
 from mass.choices.guards import fisher_information
 from mass.errors import MassError
 from mass.forward import check_model
 from mass.lora import LoraLinear, attach, detach, load_peft, read_peft_shape
-from mass.methods import Method, find
 from mass.model import LanguageModel, check_tokenizer, language_model, load
 from mass.optimizers import Rule
-from mass.problems import Problem, Task, load_tasks
 from mass.prompts import make_prompts
 from mass.recipe import Recipe
-from mass.rows import as_object, json_lines
 from mass.scorer import Scorer
-from mass.setting import answer_sampling, example_sampling, lora_shape
-from mass.splits import draw_pool
-
-# what a saved adapter and scorer were made with
-FIXED = ("lora.", "scorer.layers", "scorer.hidden", "scorer.pool")
-# what changes time, memory and rounding, but no answer otherwise
-SPEED = ("run.threads", "model.device", "model.cache", "generate.batch_rows", "inner.checkpoint")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to load: the recipe with its overrides, and a run's step folder or a PEFT folder (neither: a bare model)."""
-
-    recipe: Recipe
-    step: Path | None = None
-    peft: Path | None = None
-    # tokens that a problem may cost; who writes the examples of `tt-d`: a model, or http://HOST:PORT/v1#MODEL
-    budget: int | None = None
-    teacher: str | None = None
-
-    @property
-    def has_pool(self) -> bool:
-        """Whether there are training problems for shots and for `random`."""
-        if self.step is None:
-            return bool(_sources(self.recipe))
-        shots = self.step.parent / "shots.jsonl"
-        # a missing one is for `build_kit` to complain of
-        return not shots.is_file() or shots.stat().st_size > 0
-
-    @property
-    def default_method(self) -> str:
-        """`mass` where there is a trained scorer, else `quest`; `none` where no step would be taken."""
-        if self.recipe.inner.steps == 0:
-            return "none"
-        return "mass" if self.step else "quest"
-
-    def method(self, name: str, *, has_truth: bool = False) -> Method:
-        """The row of the table. Raises MassError that says what it lacks here. `has_truth`: the problems are of a world."""
-        return find(
-            name,
-            has_scorer=self.step is not None,
-            has_pool=self.has_pool,
-            has_teacher=self.teacher is not None,
-            has_chooser=self.step is not None and chooser.load(self.step.parent) is not None,
-            has_truth=has_truth,
-            steps=self.recipe.inner.steps,
-        )
-
-
-def plan(
-    run: str | None,
-    model: str | None,
-    overrides: Sequence[str] = (),
-    *,
-    loaded: PreTrainedModel | None = None,
-) -> Plan:
-    """Find out what `--run` and `--model` name; nothing is loaded. Raises MassError for whatever is wrong with them.
-
-    `overrides` are key=value. A run brings its recipe; all else starts from the recipe's defaults. `loaded`: a model in
-    memory, that stands where the base model would be loaded.
-    """
-    if run is None and model is None and loaded is None:
-        raise MassError("name what is to adapt: --run FOLDER (of a run, or a PEFT adapter) or --model MODEL")
-    folder = Path(run).expanduser() if run is not None else None
-    if folder is not None and not folder.is_dir():
-        raise MassError(f"--run {run}: there is no such folder. It wants a run folder, e.g. checkpoints/demo")
-    if folder is not None and not (folder / "adapter_config.json").is_file():
-        if model is not None:
-            raise MassError("--model goes with a PEFT folder or stands alone: a run names its own model")
-        step = checkpoint.step_of(folder)
-        fixed = [text for text in overrides if text.startswith(FIXED)]
-        if fixed:
-            raise MassError(
-                f"{fixed[0]}: the saved adapter and scorer of {run} were not made so. Leave it out."
-            )
-        found = recipe.load(step.parent / "recipe.yaml", overrides, training=False)
-        by_hand = [text for text in overrides if text.startswith("inner.lr=")]
-        if by_hand and found.inner.learned_lr != "no":
-            raise MassError(
-                f"{by_hand[0]}: this run learned its inner rate. Add inner.learned_lr=no to set it by hand."
-            )
-        return Plan(found, step=step)
-    base = model
-    if loaded is not None:
-        base = loaded.name_or_path or "a model in memory"
-    elif base is None and folder is not None:
-        base = _base_of(folder)
-    return Plan(_defaults(str(base), overrides), peft=folder)
-
-
-def settings_key(plan: Plan) -> str:
-    """16 hexadecimal digits of everything that answers depend on: recipe (less `SPEED`), trained weights, shots, budget."""
-    digest = hashlib.sha256()
-    tree = yaml.safe_load(recipe.dump(plan.recipe))
-    for name in SPEED:
-        group, _, key = name.partition(".")
-        del tree[group][key]
-    digest.update(json.dumps([tree, plan.budget, plan.teacher], sort_keys=True).encode())
-    files = [plan.step / "meta.json", plan.step.parent / "shots.jsonl"] if plan.step else []
-    files += [plan.step.parent / chooser.FILE] if plan.step else []
-    files += (
-        [plan.peft / name for name in ("adapter_config.json", "adapter_model.safetensors")]
-        if plan.peft
-        else []
-    )
-    # without a run shots are drawn from these; a hub set and a folder of one are known by name alone
-    files += [] if plan.step else [Path(source).expanduser() for source in plan.recipe.problems.train]
-    for path in files:
-        # the hash of each file of a step is in its meta.json
-        digest.update(path.read_bytes() if path.is_file() else b"")
-    return digest.hexdigest()[:16]
+from mass.setting import answer_sampling, example_sampling, lora_shape, rate_of
+from mass.wanted import Plan, check_shots, pool_of
 
 
 def build_kit(plan: Plan, loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None) -> Kit:
@@ -149,7 +31,8 @@ def build_kit(plan: Plan, loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase
     r = plan.recipe
     if r.generate.engine == "vllm":
         vllm_engine.check_installed()
-    pool = _pool(plan)
+    pool = pool_of(plan)
+    check_shots(plan, pool)
     m = r.model
     hf, tokenizer = loaded or load(
         m.path,
@@ -216,8 +99,8 @@ def build_kit(plan: Plan, loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase
 def lent(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
     """Within the context a user's own model is as `mass.model.load` leaves one: eval mode, frozen, with a pad token.
 
-    Afterwards model and tokenizer are as they were, and LoRA slots that were put into it are gone. Raises MassError for
-    a model that cannot be adapted.
+    Afterwards model and tokenizer are as they were. LoRA slots that were put into it are gone, and so are packed copies of its
+    weights, which its owner may change before the next time. Raises MassError for a model that cannot be adapted.
     """
     if not isinstance(hf, PreTrainedModel):
         raise MassError(
@@ -231,12 +114,14 @@ def lent(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[No
     training = [module for module in hf.modules() if module.training]
     wanted_grad = [parameter for parameter in hf.parameters() if parameter.requires_grad]
     pad = tokenizer.pad_token
+    fastlinear.forget(hf)
     try:
         check_tokenizer(tokenizer, hf.config, hf.name_or_path or "a model in memory")
         hf.eval()
         hf.requires_grad_(False)
         yield
     finally:
+        fastlinear.forget(hf)
         detach(hf, {name: module for name, module in hf.named_modules() if isinstance(module, LoraLinear)})
         for parameter in wanted_grad:
             parameter.requires_grad_(True)
@@ -246,78 +131,6 @@ def lent(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[No
             tokenizer.pad_token = pad
 
 
-# ---- what a plan is made of
-
-
-def _defaults(model: str, overrides: Sequence[str]) -> Recipe:
-    """The recipe's defaults for a model without a run: no shots unless problems.train names where they come from."""
-    shots = {} if any(text.startswith("problems.train=") for text in overrides) else {"generate_shots": 0}
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "defaults.yaml"
-        # test time needs no training problems, which a recipe has to name
-        path.write_text(
-            yaml.safe_dump({"model": {"path": model}, "problems": {"train": [""]}, "prompt": shots})
-        )
-        try:
-            return recipe.load(path, overrides, training=False)
-        except MassError as error:
-            raise MassError(str(error).replace(f"{path}: ", "", 1)) from None
-
-
-def _sources(r: Recipe) -> list[str]:
-    return [source for source in r.problems.train if source]
-
-
-def _base_of(folder: Path) -> str:
-    read_peft_shape(folder)
-    base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get(
-        "base_model_name_or_path"
-    )
-    if not base:
-        raise MassError(f"{folder}/adapter_config.json names no base model: give it with --model MODEL")
-    return str(base)
-
-
-def _pool(plan: Plan) -> list[Task]:
-    """Training problems to show: those that the run set aside, or from problems.train."""
-    r = plan.recipe
-    p = r.problems
-    if plan.step:
-        path = plan.step.parent / "shots.jsonl"
-        if not path.is_file():
-            if r.prompt.generate_shots or r.prompt.solve_shots:
-                raise MassError(
-                    f"{path} is missing, and prompts show problems from it: "
-                    "restore it, or set prompt.generate_shots=0 prompt.solve_shots=0"
-                )
-            return []
-        try:
-            return [
-                Task(Problem(x["id"], x["problem"]), x["answer"], x["solution"], x["source"], "exact")
-                for _, row in json_lines(path.read_bytes())
-                for x in [as_object(row)]
-            ]
-        except (ValueError, KeyError, TypeError) as error:
-            raise MassError(
-                f"{path} is damaged ({error!r}): restore it from where the run was made"
-            ) from None
-    if not _sources(r):
-        return []
-    tasks = load_tasks(
-        _sources(r),
-        split=p.split,
-        size=p.size,
-        weights=p.weights,
-        gym=p.gym,
-        world=p.world,
-        columns=dataclasses.asdict(p.columns),
-        verifier=p.verifier,
-        seed=r.run.seed,
-        demonstrations=p.demonstrations,
-    )
-    return draw_pool(tasks, r.prompt.pool, r.run.seed)[0]
-
-
 def _teacher(r: Recipe, name: str, tokenizer: PreTrainedTokenizerBase) -> Teacher:
     sampling = example_sampling(r)
     if name.startswith(("http://", "https://")):
@@ -325,7 +138,7 @@ def _teacher(r: Recipe, name: str, tokenizer: PreTrainedTokenizerBase) -> Teache
     m = r.model
     other = language_model(name, None, dtype=m.dtype, device=m.device, cache=m.cache, attention=m.attention)
     check_model(other.hf)
-    return teacher.local(other, make_prompts(other.tokenizer, "auto"), sampling)
+    return teacher.local(other, make_prompts(other.tokenizer, "auto"), sampling, tokenizer)
 
 
 def _parts(lm: LanguageModel) -> Split | None:
@@ -344,8 +157,6 @@ def _rates(
     def rate(key: str) -> float:
         if r.inner.learned_lr == "no" or not saved:
             return r.inner.lr
-        blocks = parts.prefix if parts and r.inner.learned_lr == "layer" else []
-        last = "rest" if blocks else "all"
-        return saved[next((f"block{i}" for i, prefix in enumerate(blocks) if key.startswith(prefix)), last)]
+        return saved[rate_of(r.inner.learned_lr, parts, key)]
 
     return {key: torch.tensor(rate(key), device=device) for key in keys}

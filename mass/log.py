@@ -57,7 +57,8 @@ class RunLog:
     """The log of one process of a run; on every rank but 0 each call checks its tags and writes nothing.
 
     `start_step` is where a resumed run continues: lines of that step and later are cut from log.jsonl and
-    samples.jsonl, and TensorBoard hides its own, so that no step appears twice. A full disk raises MassError.
+    samples.jsonl, and TensorBoard hides its own, so that no step appears twice. `skipped` of the steps before were skipped,
+    by another run perhaps. A full disk raises MassError.
     """
 
     def __init__(
@@ -68,12 +69,13 @@ class RunLog:
         total_steps: int,
         tensorboard: bool,
         start_step: int = 0,
+        skipped: int = 0,
         console: Console | None = None,
     ) -> None:
         self.total_steps, self.start_step = total_steps, start_step
         self.folder, self.writes = Path(folder), rank == 0
         self.last_step = start_step - 1
-        self.skipped = 0
+        self.skipped = skipped
         self.writer: Any = None
         if not self.writes:
             return
@@ -81,8 +83,7 @@ class RunLog:
         self.times = deque([time.monotonic()], maxlen=21)
         with _full_disk(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            for entry in self._cut("log.jsonl"):
-                self.skipped = int(entry.get("meta/skipped_steps") or self.skipped)
+            self._cut("log.jsonl")
             self._cut("samples.jsonl")
             if tensorboard:
                 self.writer = _writer(self.folder / "tb", start_step)
@@ -187,8 +188,8 @@ class RunLog:
         with open(self.folder / name, "a", encoding="utf-8") as file:
             file.write(json.dumps(entry, allow_nan=False) + "\n")
 
-    def _cut(self, name: str) -> list[dict[str, Any]]:
-        """Keep the lines before the start step and return them; a line torn by a kill is dropped."""
+    def _cut(self, name: str) -> None:
+        """Keep the lines before the start step; a line torn by a kill is dropped."""
         path = self.folder / name
         if not path.exists():
             path.touch()
@@ -203,7 +204,6 @@ class RunLog:
         if torn:
             self.warn(f"{path}: dropped {torn} unreadable line(s), left by a process that died while writing")
         write_atomic(path, "".join(json.dumps(entry) + "\n" for entry in kept))
-        return kept
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -258,13 +258,18 @@ def _console() -> Console:
     return console
 
 
-def _writer(folder: Path, start_step: int) -> Any:
+def summary_writer() -> Any:
+    """TensorBoard's class. Raises MassError where its package is missing, to be told before anything is written."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         how = "pip install tensorboard, or set log.tensorboard=false"
         raise MassError(f"log.tensorboard=true needs the tensorboard package ({error}): {how}") from None
-    writer = SummaryWriter(str(folder), purge_step=start_step)
+    return SummaryWriter
+
+
+def _writer(folder: Path, start_step: int) -> Any:
+    writer = summary_writer()(str(folder), purge_step=start_step)
     # the page takes regular expressions and matches them at the start: anchor the end
     layout = {
         group: {chart: ["Multiline", [f"{tag}$" for tag in tags]] for chart, tags in charts.items()}

@@ -37,9 +37,10 @@ from mass.choices import (
     training_problems,
     uniform,
 )
+from mass.choices.examples import check_pool, training_problems_for
 from mass.choices.kit import overlong
 from mass.choices.signals import signals
-from mass.chooser import CANDIDATES
+from mass.chooser import CANDIDATES, Chooser
 from mass.errors import MassError
 from mass.generate import Rollout
 from mass.method import Method, carry_out
@@ -122,8 +123,8 @@ def find(
         )
     if method.examples is training_problems and not has_pool:
         raise MassError(
-            f"method {name} draws training problems, and there are none here: set problems.train=FILE.jsonl, "
-            "or train the run with prompt.pool=16."
+            f"method {name} draws training problems, and there are none here: set problems.train=FILE.jsonl (and prompt.pool "
+            "above 0), or train the run with prompt.pool=16."
         )
     if method.examples is teacher_made and not has_teacher:
         raise MassError(
@@ -144,16 +145,41 @@ def find(
     return method
 
 
-def solve(kit: Kit, problems: Seq[Problem], method: str, *, baselines: bool = True) -> list[Record]:
-    """Adapt to T problems at once and answer them, each with an adapter of its own; one Record a problem, in order.
+def check(
+    name: str,
+    *,
+    guard: Guard,
+    examples: int,
+    pool: int | None,
+    budget: int | None,
+    answer_tokens: int,
+    fitted: Chooser | None,
+) -> None:
+    """Raise MassError for settings that a method which was found cannot work under.
 
-    A problem's record does not depend on what shares its batch, but for rounding and `seconds`. One whose prompt does
-    not fit the model's context is a record with an `error`. The model and its adapter are left as they were found.
-    `baselines` also answers without update and by vote (their cost is in no record). Raises MassError for a method that
-    needs what the kit lacks.
-    """
+    `pool`: how many training problems there are at most (None: not known); `fitted`: of `auto`."""
+    if name == AUTO:
+        if fitted is not None and budget not in (None, fitted.budget):
+            raise MassError(
+                f"method auto was fitted under --budget {fitted.budget}, not {budget}: leave it out, or fit again."
+            )
+        if fitted is not None and fitted.budget < answer_tokens:
+            raise MassError(
+                f"method auto was fitted under --budget {fitted.budget}, which is less than generate.answer_tokens="
+                f"{answer_tokens}, which one answer may take: lower that, or fit again."
+            )
+        return
+    row = METHODS[name]
+    if row.update is policy_gradient and guard != Guard():
+        raise MassError(f"method {name} is no fine-tuning, which the guards are for: leave guard.* out.")
+    if row.examples is training_problems and pool is not None:
+        check_pool(examples, pool, budget)
+
+
+def find_for(kit: Kit, name: str) -> Method:
+    """`find` and `check` with what a kit has."""
     row = find(
-        method,
+        name,
         has_scorer=kit.head is not None,
         has_pool=bool(kit.pool),
         has_teacher=kit.teacher is not None,
@@ -161,12 +187,31 @@ def solve(kit: Kit, problems: Seq[Problem], method: str, *, baselines: bool = Tr
         has_truth=kit.truth is not None,
         steps=kit.steps,
     )
+    check(
+        name,
+        guard=kit.guard,
+        examples=kit.examples,
+        pool=len(kit.pool),
+        budget=kit.budget,
+        answer_tokens=kit.answering.max_new_tokens,
+        fitted=kit.chooser,
+    )
+    return row
+
+
+def solve(kit: Kit, problems: Seq[Problem], method: str, *, baselines: bool = True) -> list[Record]:
+    """Adapt to T problems at once and answer them, each with an adapter of its own; one Record a problem, in order.
+
+    A problem's record does not depend on what shares its batch, but for rounding and `seconds`. One whose prompt does
+    not fit the model's context, or that leaves too few problems to show or to draw, is a record with an `error`. The model
+    and its adapter are left as they were found. `baselines` also answers without update and by vote (their cost is in no
+    record). Raises MassError for a method that needs what the kit lacks.
+    """
+    row = find_for(kit, method)
     if method == AUTO:
         return _auto(kit, problems, baselines)
     if kit.budget is not None and kit.budget < kit.answering.max_new_tokens:
         raise ValueError(f"a budget of {kit.budget} tokens does not pay for one answer")
-    if row.update is policy_gradient and kit.guard != Guard():
-        raise MassError(f"method {method} is no fine-tuning, which the guards are for: leave guard.* out.")
     errors = [_unfit(kit, row, p) for p in problems]
     records = {t: Record(p.id, p.text, method, error=errors[t]) for t, p in enumerate(problems) if errors[t]}
     fit = [t for t in range(len(problems)) if t not in records]
@@ -218,10 +263,6 @@ def solve_drawn(
 def _auto(kit: Kit, problems: Seq[Problem], baselines: bool) -> list[Record]:
     chooser = kit.chooser
     assert chooser is not None
-    if kit.budget not in (None, chooser.budget):
-        raise MassError(
-            f"method auto was fitted under --budget {chooser.budget}, not {kit.budget}: leave it out, or fit again."
-        )
     kit = replace(kit, budget=chooser.budget)
     errors = [_unfit(kit, METHODS["none"], p) for p in problems]
     records = {t: Record(p.id, p.text, AUTO, error=errors[t]) for t, p in enumerate(problems) if errors[t]}
@@ -248,12 +289,22 @@ def _auto(kit: Kit, problems: Seq[Problem], baselines: bool) -> list[Record]:
 
 
 def _unfit(kit: Kit, row: Method, problem: Problem) -> str | None:
+    """Why a row of the table cannot be used on a problem. A fault of one problem must not end those of all others."""
+    try:
+        return _misfit(kit, row, problem)
+    except MassError as error:
+        return str(error)
+
+
+def _misfit(kit: Kit, row: Method, problem: Problem) -> str | None:
     if row.examples is leave_one_out and len(problem.demonstrations) < 2:
         count = len(problem.demonstrations)
         return (
             f"method ttt learns from a problem's demonstrations, two or more, and this one has {count or 'none'}: give "
             'it a key "demonstrations", or set problems.demonstrations=10 to take solved problems of its subject'
         )
+    if row.examples is training_problems:
+        training_problems_for(kit, problem)
     shots = shots_for(kit, problem)
     error = overlong(kit, kit.prompts.solve(problem.text, shots.solve), kit.answering)
     if error is None and row.examples is self_made:

@@ -112,7 +112,8 @@ def probe(
     eta: Mapping[str, Tensor],
     say: Callable[[str], None] = lambda text: None,
 ) -> Report:
-    """Look at the first outer step of some tasks, `outer.tasks` at a time, with a fresh scorer. Nothing is trained.
+    """Look at the first outer step of some tasks, as many at a time as training works at once, with a fresh scorer. Nothing is
+    trained.
 
     Where the truth of self-made examples is not known, credit and features are judged on the policy's own answers, which
     the verifier judges. The rates and the leave-one-out comparison use the first 16 tasks or the first batch.
@@ -120,7 +121,7 @@ def probe(
     quiet = replace(setting.recipe.outer, lr_policy=0.0, gamma=0.0, through_init=False)
     fixed = replace(setting.recipe.inner, learned_lr="no")
     setting = replace(setting, recipe=replace(setting.recipe, outer=quiet, inner=fixed))
-    size = setting.recipe.outer.tasks
+    size = min(quiet.tasks, quiet.tasks_at_once or quiet.tasks)
     batches = [tasks[i : i + size] for i in range(0, len(tasks) // size * size, size)] or [tasks]
     made: list[Result] = []
     for i, batch in enumerate(batches):

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from mass.errors import MassError
 from mass.rewards import find_answer
+from mass.rows import content_key
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -221,20 +222,32 @@ class Shots(NamedTuple):
 
 
 def pick_shots(
-    pool: Sequence["Task"], k: int, seed: int, problem_id: str, *, pairs: int | None = None
+    pool: Sequence["Task"],
+    k: int,
+    seed: int,
+    problem_id: str,
+    *,
+    pairs: int | None = None,
+    text: str | None = None,
 ) -> Shots:
     """`k` solve shots and `pairs` generate shots (None: k) for one target, drawn by hash from (seed, problem_id) alone.
 
-    The two problems of a generate shot are of one `source`. The target itself (by its id) is never a shot. Raises
-    MassError when the pool is too small.
+    The two problems of a generate shot are of one `source`. The target itself (by its id, and by its `text` where that may
+    be in the pool under another one) is never a shot. Raises MassError when the pool is too small.
     """
+    target = None if text is None else content_key(text)
 
     def order(task: "Task") -> bytes:
         key = (seed, problem_id, task.problem.id, task.problem.text)
         return hashlib.sha256("\x1f".join(map(str, key)).encode()).digest()
 
     pairs = k if pairs is None else pairs
-    tasks = sorted((task for task in pool if task.problem.id != problem_id), key=order)
+    others = (
+        task
+        for task in pool
+        if task.problem.id != problem_id and (target is None or content_key(task.problem.text) != target)
+    )
+    tasks = sorted(others, key=order)
     if len(tasks) < k:
         raise MassError(
             f"{k} shots wanted and {len(tasks)} problems set aside for them: raise prompt.pool above {k}"

@@ -55,8 +55,8 @@ def table(task: Task, result: Result) -> SampleTable:
     return SampleTable(task.problem.text, rows, task.problem.id, task.answer, before, after)
 
 
-def peak_gb() -> float:
-    """Most memory held so far, GB: of the device where there is one, else resident memory of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
+def peak_gb(device: torch.device) -> float:
+    """Most memory held so far, GB: of the GPU where the run is on one, else resident memory of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6

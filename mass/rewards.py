@@ -44,7 +44,9 @@ _RATIO = re.compile(
 )
 _SCIENTIFIC = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)[eE][+-]?\d{1,3}")
 _DELIMITED = re.compile(r"\$\$?([^$]+)\$\$?|\\\((.+)\\\)|\\\[(.+)\\\]", re.DOTALL)
-_LAST_NUMBER = re.compile(r"(?<![\w.)])[-\u2212]?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
+_LAST_NUMBER = re.compile(
+    r"(?<![\w.)])[-\u2212]?(?:\\[dt]?frac\{-?\d+\}\{-?\d+\}|(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,3}|/\d+)?)"
+)
 _MARKERS = (
     100  # how many "Answer:" are tried from the end; without an end, text made of empty ones takes minutes
 )
@@ -76,7 +78,8 @@ def ends_with_number(text: str, gold: str) -> bool | None:
     None where `gold` is no number. Time is linear in the length of the text."""
     if number(gold) is None:
         return None
-    numbers = _LAST_NUMBER.findall(text)
+    # LaTeX's thousands: 10{,}000 and 10\\!000
+    numbers = _LAST_NUMBER.findall(text.replace("{,}", ",").replace("\\!", ""))
     return bool(numbers) and same_number(numbers[-1].rstrip(","), gold)
 
 
@@ -234,8 +237,9 @@ class Verifier:
     """Judges answers against tasks; a context manager that owns one worker process.
 
     The worker starts with the first answer that needs it, and again after an answer that killed it. `time_limit` is in
-    seconds for one answer; imports do not count. The model's text never reaches more than that process, which may use
-    4 GiB, writes no file, opens no connection and starts no program while it judges. One caller, one thread.
+    seconds for one answer; imports do not count. The model's text never reaches more than that process. It may use 4 GiB
+    and read files; the plain ways to write one, open a connection or start a program are barred while it judges (a gym family
+    may evaluate text as code). That is no sandbox against text that means to get out. One caller, one thread.
     """
 
     def __init__(self, time_limit: float = 10.0):
@@ -283,6 +287,7 @@ class Verifier:
             )  # a page of text is no answer; reading it would only run into the time limit
         if task.verifier == "math":
             return self._judge("math", (task.answer, answer))
+        assert task.verifier == "gym", f"{task.verifier} is one of KINDS"
         return self._judge("gym", (task.source, task.entry, [answer, canonical(answer)]))
 
     def verify_all(self, items: Sequence[tuple[str, Task]]) -> list[Verdict]:

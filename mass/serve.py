@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mass.errors import MassError
-from mass.kit import build_kit, plan
+from mass.kit import build_kit
+from mass.wanted import plan
 
 TOKEN_VARIABLE = "MASS_TOKEN"
 
@@ -133,7 +134,7 @@ def _loopback(host: str) -> bool:
 def _name(args: argparse.Namespace) -> str:
     """The folder's or the model's own name: `demo` of checkpoints/demo (and of one of its steps)."""
     if args.run is None:
-        return str(args.model).rpartition("/")[2].replace(":", "-")
+        return str(args.model).rstrip("/").rpartition("/")[2].replace(":", "-")
     folder = Path(args.run).expanduser().resolve()
     return (folder.parent if folder.name.startswith("step_") else folder).name.replace(":", "-")
 

@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 from queue import Empty, Queue
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,8 +21,8 @@ from transformers import PreTrainedTokenizerBase
 from mass.choices import Teacher, Written
 from mass.errors import MassError
 from mass.generate import Rollout
-from mass.model import LanguageModel
-from mass.practice import Sampling, draw_examples
+from mass.model import LanguageModel, context_length
+from mass.practice import Sampling, draw
 from mass.prompts import GENERATE_INSTRUCTION, Prompts, chat_turns
 
 # requests under way at one time, and the longest reply that is read
@@ -30,14 +31,30 @@ AT_ONCE, LONGEST = 8, 2**20
 Shots = Seq[tuple[str, str, str]]
 
 
-def local(lm: LanguageModel, prompts: Prompts, sampling: Sampling) -> Teacher:
-    """A model in this process, with its own tokenizer and prompts."""
+def local(
+    lm: LanguageModel, prompts: Prompts, sampling: Sampling, tokenizer: PreTrainedTokenizerBase
+) -> Teacher:
+    """A model in this process, with its own tokenizer and prompts. `tokenizer` is the student's: it counts what was written."""
+    longest = context_length(lm.hf)
 
     def write(targets: Seq[str], shots: Seq[Shots], seeds: Seq[Seq[int]]) -> list[list[Written]]:
-        drawn = draw_examples(
-            lm, prompts, targets, generate_shots=shots, adapter=None, seeds=seeds, sampling=sampling
-        )
-        return [list(own) for own in drawn]
+        asked = [prompts.generate(text, own) for text, own in zip(targets, shots, strict=True)]
+        fits = [len(prompt) + sampling.max_new_tokens <= longest for prompt in asked]
+        wanted = [list(own) if ok else [] for own, ok in zip(seeds, fits, strict=True)]
+        drawn = draw(lm, prompts, asked, wanted, sampling, None)
+        out: list[list[Written]] = []
+        for prompt, own, ok, count in zip(asked, drawn, fits, map(len, seeds), strict=True):
+            reason = (
+                f"teacher's context of {longest} tokens does not hold its prompt of {len(prompt)} and "
+                f"{sampling.max_new_tokens} after it"
+            )
+            out.append([counted(r) for r in own] if ok else [reason] * count)
+        return out
+
+    def counted(r: Rollout) -> Rollout:
+        # one without text has cost the token that ended it
+        tokens = tokenizer.encode(r.text, add_special_tokens=False) or r.tokens[:1]
+        return replace(r, tokens=tokens, logprobs=[0.0] * len(tokens))
 
     return write
 

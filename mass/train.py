@@ -21,7 +21,7 @@ from mass.checkpoint import Run
 from mass.distributed import World
 from mass.errors import MassError
 from mass.heldout import evaluate
-from mass.log import RunLog
+from mass.log import RunLog, summary_writer
 from mass.prepare import deepspeed_config, make_outer, make_setting, tasks_of
 from mass.probe import probe
 from mass.recipe import Recipe, command_line, dump
@@ -64,12 +64,7 @@ def train(recipe: Recipe) -> None:
 
 def _train(recipe: Recipe, world: World, watch: Watchdog) -> None:
     deepspeed_config(recipe, world)  # its errors come before the model is loaded
-    run = _on_main(
-        world,
-        lambda: checkpoint.open_run(
-            Path(recipe.run.folder), recipe.run.name, dump(recipe), recipe.run.resume
-        ),
-    )
+    run = _on_main(world, lambda: _open(recipe))
     train_tasks, heldout, pool = tasks_of(recipe)
     saved_engine = checkpoint.read_meta(run.start)["extra"]["engine"] if run.start else None
     if world.main:
@@ -93,6 +88,9 @@ def _train(recipe: Recipe, world: World, watch: Watchdog) -> None:
     opened = run
     # every rank has got here
     distributed.any_rank(False)
+    if run.branches:
+        # before the run folder says that it is a run: `auto` is to find the start, whenever this is killed
+        state.save(run, recipe, setting, outer, cursor, first, skipped, fingerprint, world)
     run = _on_main(world, lambda: checkpoint.commit(opened))
     log = RunLog(
         run.folder,
@@ -100,6 +98,7 @@ def _train(recipe: Recipe, world: World, watch: Watchdog) -> None:
         total_steps=recipe.outer.steps,
         tensorboard=recipe.log.tensorboard,
         start_step=first,
+        skipped=skipped,
     )
     report.introduce(log, recipe, run, setting, world, len(train_tasks), len(heldout), first)
     stop = _Stop()
@@ -125,7 +124,8 @@ def _train(recipe: Recipe, world: World, watch: Watchdog) -> None:
                 heldout[: recipe.evaluate.problems],
                 {task.source for task in train_tasks},
                 setting.verifier,
-                batch=recipe.outer.tasks,
+                # what training has memory for
+                batch=min(recipe.outer.tasks, recipe.outer.tasks_at_once or recipe.outer.tasks),
                 rank=world.rank,
                 world=world.size,
             )
@@ -168,7 +168,7 @@ def _train(recipe: Recipe, world: World, watch: Watchdog) -> None:
         metrics |= {"time/step": time.perf_counter() - begin, "meta/skipped_steps": skipped}
         metrics |= {"inner/lr": _rate(recipe, log_lr)} if recipe.inner.steps else {}
         metrics |= {f"outer/lr_{group}": lr for group, lr in rates.items()} | {
-            "memory/peak_gb": report.peak_gb()
+            "memory/peak_gb": report.peak_gb(world.device)
         }
         log.scalars(step, metrics)
         log.line(step, metrics)
@@ -212,6 +212,13 @@ def look(recipe: Recipe, tasks: int) -> None:
 
 def _say(text: str) -> None:
     print(f"mass-train: {text}", file=sys.stderr, flush=True)
+
+
+def _open(recipe: Recipe) -> Run:
+    if recipe.log.tensorboard:
+        summary_writer()
+    r = recipe.run
+    return checkpoint.open_run(Path(r.folder), r.name, dump(recipe), r.resume)
 
 
 def _on_main(world: World, work: Callable[[], Run]) -> Run:

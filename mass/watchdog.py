@@ -2,7 +2,7 @@
 
 Nothing in the code has to report its progress. The thread looks at the main thread's stack every beat: it has moved, or
 the process has used the processor, or the rank stands still. A rank whose main thread is inside
-torch.distributed waits for the others. All this goes through a key-value store of its own (TCPStore on rank 0), so that it
+torch.distributed, or waits for a part of a sharded base, waits for the others. All this goes through a key-value store of its own (TCPStore on rank 0), so that it
 works while the ranks hang in a collective. Four things end the run, each named with rank and place:
 
 - a rank from which nothing comes: killed, stopped, or its machine is gone (after `GONE` seconds)
@@ -109,16 +109,17 @@ class Watchdog:
 
     def _talk(self) -> None:
         """Say where this rank is, hear where the others are. Apart from `_judge`: a store whose rank is stopped blocks."""
-        beat, before, used = 0, _stack(self._frame()), time.process_time()
+        beat, before, used, had = 0, _stack(self._frame()), time.process_time(), 0.0
         still = waited = time.monotonic()
         while not self._over.is_set():
             now, stack, busy = time.monotonic(), _stack(self._frame()), time.process_time()
-            where, waits = _place(self._frame())
-            if stack != before or (busy - used > BUSY * BEAT and not waits) or not self.armed:
+            where, waits, got = _place(self._frame(), had)
+            moved = stack != before or got != had
+            if moved or (busy - used > BUSY * BEAT and not waits) or not self.armed:
                 still = now
-            if not waits or not self.armed:
+            if not waits or got != had or not self.armed:
                 waited = now
-            before, used, beat = stack, busy, beat + 1
+            before, used, had, beat = stack, busy, got, beat + 1
             mine = {
                 "where": where,
                 "waits": waits,
@@ -226,14 +227,21 @@ def _stack(frame: FrameType | None) -> list[tuple[int, int]]:
     return out
 
 
-def _place(frame: FrameType | None) -> tuple[str, bool]:
-    """(innermost function of this package with file and line, whether a collective of torch.distributed is above it)."""
-    waits = False
+def _place(frame: FrameType | None, had: float) -> tuple[str, bool, float]:
+    """(innermost function of this package with file and line, whether it waits for other ranks, `Shards.waited` where it does
+    so for a part of the base, else `had`).
+
+    A wait for a part is a C++ call right under `Shards._turn`. One looks like the next, whose frames may lie where those of
+    the last lay: `Shards.waited`, which grows with each part that came, tells them apart.
+    """
+    waits, got = False, had
     names: list[str] = []
     while frame is not None:
         code = frame.f_code
         waits |= code.co_filename.endswith("distributed_c10d.py")
         if code.co_filename.startswith(_HERE):
             names.append(f"{code.co_name} ({Path(code.co_filename).name}:{frame.f_lineno})")
+            if code.co_name in ("_turn", "settle") and code.co_filename.endswith("shards.py"):
+                waits, got = True, frame.f_locals["self"].waited
         frame = frame.f_back
-    return (" < ".join(names[:3]) or "the interpreter"), waits
+    return (" < ".join(names[:3]) or "the interpreter"), waits, got

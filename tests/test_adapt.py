@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import os
 import re
 import shutil
 import sys
@@ -17,9 +18,9 @@ from folders import make_tiny_run
 
 from mass import command as command_module
 from mass.command import main
-from mass.kit import plan
 from mass.methods import METHODS
 from mass.records import Made, Seconds, StepLoss, Tokens
+from mass.wanted import plan
 
 FIELDS = {
     "position": int, "key": str,
@@ -229,6 +230,24 @@ def test_standard_output_that_takes_no_more(
         assert main(["--run", str(run), "--problem", "x"]) == code
 
 
+@pytest.mark.parametrize("form", [[], ["--json"]], ids=["view", "json"])
+@pytest.mark.parametrize("kept", [True, False], ids=["out", "no out"])
+def test_a_reader_that_leaves_does_not_end_the_file(
+    run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, form: list[str], kept: bool
+) -> None:
+    file, out = tmp_path / "p.jsonl", tmp_path / "out.jsonl"
+    file.write_text("".join(json.dumps({"problem": f"{i}?"}) + "\n" for i in range(3)))
+    reader, writer = os.pipe()
+    os.close(reader)
+    argv = ["--run", str(run), "--file", str(file), "--method", "none", "--batch", "1", "--no-baselines"]
+    with open(writer, "w", encoding="utf-8") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert main([*argv, *form, *(["--out", str(out)] if kept else [])]) == 0
+    if kept:
+        rows = [json.loads(line) for line in out.read_text().splitlines()]
+        assert [row["problem"] for row in rows] == ["0?", "1?", "2?"]
+
+
 def test_human_view_is_the_default(run: Path, command: Command) -> None:
     said = command("--run", str(run), "--problem", "What is 4 + 3?", "generate.examples=3")
     assert said.code == 0 and said.out.startswith("What is 4 + 3?") and "\x1b" not in said.out
@@ -254,6 +273,8 @@ def test_budget_teacher_and_demonstrations_on_the_command_line(
     said = command(*here, "--problem", "x", "--method", "vote", "--budget", "23")
     record = json.loads(said.out)
     assert 19 <= record["tokens"]["generated"] <= 23 and record["votes"] == len(record["examples"]) > 2
+    said = command(*here, "--problem", "x", "--method", "ttrl", "guard.restore=0.1")
+    assert said.code == 2 and "leave guard.* out" in said.err
     said = command(*here, "--problem", "x", "--budget", "4")
     assert said.code == 2 and "--budget 4 is less than generate.answer_tokens=5" in said.err
     said = command(*here, "--problem", "x", "--method", "tt-d")
@@ -292,3 +313,9 @@ def test_fit_on_the_command_line(run: Path, command: Command, tmp_path: Path) ->
     record = json.loads(command("--run", str(copy), "--problem", "x", "--method", "auto", "--json").out)
     assert record["method"] == "auto" and record["note"].startswith("auto chose none (chance to be right")
     assert record["tokens"]["generated"] <= 30
+    for more, sentence in [
+        (["--budget", "31"], "fitted under --budget 30, not 31"),
+        (["generate.answer_tokens=31"], "under --budget 30, which is less than generate.answer_tokens=31"),
+    ]:
+        said = command("--run", str(copy), "--problem", "x", "--method", "auto", *more)
+        assert said.code == 2 and said.out == "" and sentence in said.err

@@ -1,13 +1,17 @@
 """The arms of an evaluation: what runs with which settings, and those that cannot be."""
 
+import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from folders import make_run
+from folders import SHOTS, make_run
 
-from mass import arms
+from mass import arms, chooser
+from mass.chooser import Chooser
 from mass.errors import MassError
-from mass.kit import plan
+from mass.wanted import plan
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +52,8 @@ def test_arms_that_cannot_be_are_named(run: Path, tmp_path: Path) -> None:
         (f"{tmp_path}/nowhere:mass", "there is no such folder"),
         ("vote[budget=3]", "a budget of 3 is less than generate.answer_tokens=48"),
         ("vote[budget=many]", "a number of tokens"),
+        ("ttrl[guard.restore=0.1]", r"arm ttrl\[guard.restore=0.1\]: method ttrl is no fine-tuning"),
+        ("base:ttrl[guard.restore=0.1]", "arm base:ttrl.*: method ttrl is no fine-tuning"),
     ]
     for text, sentence in cases:
         with pytest.raises(MassError, match=sentence):
@@ -59,3 +65,23 @@ def test_every_usable_arm_and_why_the_others_are_not(run: Path) -> None:
     names = [arm.name for arm in usable]
     assert "mass" in names and "none" in names and not {"random", "ttt", "tt-d", "auto"} & set(names)
     assert [reason.partition(" ")[0] for reason in reasons] == ["random", "ttt", "tt-d", "auto"]
+
+
+def test_what_the_settings_forbid_is_left_out_and_refused(run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run, tmp_path / "r")
+    (copy / "shots.jsonl").write_text("".join(json.dumps(shot) + "\n" for shot in SHOTS))
+    flat = {"none": (0.0,) * 5}
+    chooser.save(Chooser(60, 4, 10, (0.0,) * 4, (1.0,) * 4, flat, {"none": 0.5}), copy)
+    own = ["generate.examples=5", "guard.restore=0.1"]
+    wanted = replace(plan(str(copy), None, own), budget=100)
+    usable, reasons = arms.every_usable(wanted, [])
+    assert "random" in [arm.name for arm in usable], "a budget takes what there is"
+    assert any(x.startswith("auto is left out: ") and "--budget 60, not 100" in x for x in reasons)
+    wanted = replace(wanted, budget=None)
+    usable, reasons = arms.every_usable(wanted, [])
+    assert not {"random", "ttrl"} & {arm.name for arm in usable} and "auto" in [arm.name for arm in usable]
+    assert any(x.startswith("random is left out: ") and "and 4 are set aside" in x for x in reasons)
+    assert any(x.startswith("ttrl is left out: ") and "leave guard.* out" in x for x in reasons)
+    for name in ("random", "base:random"):
+        with pytest.raises(MassError, match=f"arm {name}: method random draws generate.examples=5"):
+            arms.parse(name, wanted, own, (str(copy), None))

@@ -17,7 +17,7 @@ from scipy import stats
 
 from mass import attribution, compare, curves, evaluate, figures, results, tally
 from mass.errors import MassError
-from mass.kit import plan
+from mass.wanted import plan
 
 DATA = Path(__file__).parent / "data"
 

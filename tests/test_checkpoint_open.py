@@ -59,6 +59,37 @@ def test_another_network_is_refused(tmp_path, old, new):
     assert (run.folder / "recipe.yaml").read_text() == RECIPE
 
 
+def test_a_network_saved_before_a_key_existed_is_the_one_of_its_default(tmp_path):
+    run = begin(tmp_path)
+    save(run, 10, contents(), keep=3)
+    known = RECIPE.replace("targets:", "alpha: 16.0, last: null, targets:") + "scorer: {hidden: 64}\n"
+    assert begin(tmp_path, "auto", known).changed == ()
+    (run.folder / "recipe.yaml").write_text(RECIPE)
+    with pytest.raises(
+        MassError, match=r"another network than the recipe asks for \(lora.last: absent -> 1\)"
+    ):
+        begin(tmp_path, "auto", known.replace("last: null", "last: 1"))
+
+
+@pytest.mark.parametrize("text", [None, b"lora: [", b"\xff"], ids=["missing", "no YAML", "no text"])
+def test_a_run_whose_recipe_is_missing_says_so_and_one_whose_recipe_cannot_be_read_is_refused(tmp_path, text):
+    run = begin(tmp_path)
+    save(run, 10, contents(), keep=3)
+    path = run.folder / "recipe.yaml"
+    if text is None:
+        path.unlink()
+        (changed,) = begin(tmp_path, "auto").changed
+        assert changed == f"{path} is missing: what has changed since is not known"
+        assert path.read_text() == RECIPE
+    else:
+        path.write_bytes(text)
+        with pytest.raises(
+            MassError, match="recipe.yaml cannot be read .*: mend it, or choose another run.name"
+        ):
+            begin(tmp_path, "auto")
+        assert path.read_bytes() == text
+
+
 def test_going_back_sets_later_steps_aside_and_retention_ignores_them(tmp_path):
     run = begin(tmp_path)
     for step in (10, 20, 30):
@@ -91,6 +122,7 @@ def test_a_step_of_another_run_starts_a_new_one(tmp_path):
     step = save(first, 10, contents(), keep=3)
     second = begin(tmp_path, step, RECIPE.replace("seed: 0", "seed: 1"), name="b")
     assert second.start == step and second.changed == ("run.seed: 0 -> 1",)
+    assert second.branches and not first.branches and not begin(tmp_path, step).branches
     assert names(first) == ["step_000010"] and names(second) == []
     save(second, 20, contents(), keep=3)
     with pytest.raises(MassError, match="run .*/b exists"):

@@ -108,6 +108,9 @@ def test_auto_answers_as_the_method_it_chose_and_says_why(kit: Kit, monkeypatch:
     assert all(r.tokens.generated + r.tokens.trained <= 200 for r in records)
     with pytest.raises(MassError, match="auto was fitted under --budget 200, not 300"):
         solve(replace(fitted, budget=300), problems, "auto")
+    long = replace(fitted, answering=replace(fitted.answering, max_new_tokens=201))
+    with pytest.raises(MassError, match="under --budget 200, which is less than generate.answer_tokens=201"):
+        solve(replace(long, budget=None), problems, "auto")
 
 
 def test_fit_asks_every_method_and_grades_it(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,13 +20,14 @@ from mass import answers, arms, checkpoint, compare, evaluate, filerun
 from mass.choices.kit import sample
 from mass.errors import MassError
 from mass.filerun import adapt_problems
-from mass.kit import build_kit, plan
+from mass.kit import build_kit
 from mass.model import load
 from mass.problems import content_key
 from mass.records import Made, Record
 from mass.rewards import Verifier, find_answer
 from mass.sources import load_all
 from mass.splits import Cursor
+from mass.wanted import plan
 
 
 @pytest.fixture(scope="module")
@@ -342,7 +343,7 @@ def test_nothing_is_loaded_when_nothing_is_left(
     monkeypatch.setattr(answers, "load", lambda *_, **__: pytest.fail("a model is loaded"))
     hashed = []
     real = arms.settings_key
-    monkeypatch.setattr(arms, "settings_key", lambda plan: hashed.append(plan) or real(plan))
+    monkeypatch.setattr(arms, "settings_key", lambda *of: hashed.append(of) or real(*of))
     argv = ["--run", str(run), "--batch", "4", "--out", str(done), "--resume"]
     assert evaluate.main([*argv, "--methods", "none,mass"]) == 0
     assert len(hashed) == 2, "what an arm depends on is hashed once, not for every problem"

@@ -4,11 +4,15 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
+from tiny import tiny
+from torch import nn
 from writers import build, some_adapters, tokens
 
-from mass import lora
-from mass.fastlinear import RowAdapters
+from mass import fastlinear, lora
+from mass.fastlinear import RowAdapters, packed_linears
 from mass.generate import generate
+from mass.kit import lent
 
 
 def test_layers_called_with_one_tensor_share_the_product_by_a() -> None:
@@ -78,3 +82,41 @@ def test_packed_weights_follow_a_weight_that_changes() -> None:
     first = tokens(generate(lm, [[5, 6, 7]], **settings))
     lm.hf.lm_head.weight.copy_(lm.hf.lm_head.weight.roll(1, 0))
     assert tokens(generate(lm, [[5, 6, 7]], **settings)) != first
+
+
+def test_packed_weights_of_a_lent_model_are_no_older_than_its_weights() -> None:
+    """PEFT merges an adapter through `.data`: address and version of the weight stay."""
+    hf, tokenizer = tiny("llama", torch.float32)
+    linear = hf.get_submodule("model.layers.0.mlp.down_proj")
+    assert isinstance(linear, nn.Linear)
+    x = torch.randn(3, linear.in_features, generator=torch.Generator().manual_seed(0))
+
+    def check() -> None:
+        # packing needs no bf16 products in fp32
+        forward = fastlinear._packed_forward(linear)
+        assert forward is not None
+        torch.testing.assert_close(forward(x), x @ linear.weight.T, atol=1e-4, rtol=1e-4)
+
+    check()
+    linear.weight.data += 1
+    with lent(hf, tokenizer):
+        check()
+    linear.weight.data += 1
+    check()
+
+
+def test_a_forward_that_a_user_put_on_a_layer_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = build()
+    adapters = some_adapters(lm, 2)
+    settings: dict[str, Any] = {"seeds": [0, 1], "max_new_tokens": 6, "temperature": 0.0, "adapter": adapters}
+    plain = tokens(generate(lm, [[5, 6, 7], [9, 8]], **settings))
+    base = next(iter(lm.lora.values())).base
+    add_hook_to_module(base, ModelHook())
+    own = base.forward
+    assert tokens(generate(lm, [[5, 6, 7], [9, 8]], **settings)) == plain
+    monkeypatch.setattr(fastlinear, "has_bf16_products", lambda: True)
+    monkeypatch.setattr(fastlinear, "_packable", lambda _: True)
+    with packed_linears(lm.hf):
+        assert base.forward is own and lm.hf.lm_head.forward(torch.ones(1, 64)).shape == (1, 300)
+        assert "forward" in vars(lm.hf.lm_head)
+    assert base.__dict__["forward"] is own and "forward" not in vars(lm.hf.lm_head)

@@ -8,9 +8,12 @@ test_train_stops.py, verifiers by themselves in test_judge.py.
 import os
 import re
 import signal
+import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +22,7 @@ from ranks import ROOT, Ranks
 from runs import is_run_folder, log_of, tensors
 
 from mass import watchdog
+from mass.shards import Shards
 from mass.watchdog import Peer, Watchdog
 
 
@@ -92,6 +96,51 @@ def test_the_others_end_with_the_reason_and_the_run_goes_on(
         ranks("mass.train:main", [*own, "run.resume=auto"], world=2).good()
         is_run_folder(tmp_path / "run", [1, 2])
         assert [entry["step"] for entry in log_of(tmp_path / "run")] == [0, 1, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_a_rank_that_waits_for_a_part_of_a_sharded_base_is_given_run_patience(
+    ranks: Ranks, recipe: Path, tmp_path: Path
+) -> None:
+    """Rank 0 stands in `Shards._turn` for longer than `STILL`, while rank 1 computes."""
+    own = [str(recipe), f"run.folder={tmp_path}", "run.patience=10", "outer.steps=2", "zero.stage=3"]
+    done = ranks("test_faults:befallen", own, "mass.episode:write_examples", 1, "spins", world=2, limit=120)
+    assert done.codes == [3, 3], done
+    for text in done.err:
+        assert "rank 1 (process" in text and "computes in" in text and "run.patience=10" in text, text
+        assert "stood still" not in text, text
+
+
+@pytest.mark.parametrize("name", ["_turn", "settle"])
+def test_the_watchdog_knows_a_wait_for_a_part_of_the_base_and_sees_parts_come(name: str) -> None:
+    part = threading.Lock()
+    part.acquire()
+    # as the C++ Work: no Python frame in its wait
+    work = SimpleNamespace(wait=part.acquire)
+    shards = Shards.__new__(Shards)
+    shards._talk, shards._move, shards._want = None, (work, 0, torch.zeros(0)), 0
+    shards._now = shards._arrived = None
+    shards._served, shards.waited = 0, 1.5
+    shards._ask = lambda u: None  # type: ignore[method-assign]
+    call = (lambda: Shards._turn(shards, True)) if name == "_turn" else (lambda: Shards.settle(shards))
+    thread = threading.Thread(target=call)
+    thread.start()
+    try:
+        assert thread.ident is not None
+        end = time.monotonic() + 10
+        while (frame := sys._current_frames()[thread.ident]).f_code.co_name != "_turn":
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        where, waits, got = watchdog._place(frame, 0.0)
+        assert waits and where.startswith("_turn (shards.py:") and got == 1.5
+        shards.waited = 2.0
+        assert watchdog._place(frame, got)[1:] == (True, 2.0), "another wait, at the same place"
+    finally:
+        part.release()
+        thread.join(10)
+    assert not thread.is_alive()
+    assert watchdog._place(sys._getframe(), 2.0)[1:] == (False, 2.0)
 
 
 def is_run_folder_after(run: Path) -> None:

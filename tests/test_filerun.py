@@ -31,9 +31,9 @@ from mass.filerun import (
     read_done,
     run_batches,
 )
-from mass.kit import plan
 from mass.methods import Record
 from mass.problems import BadLine, Problem
+from mass.wanted import plan
 
 ITEMS = (
     [Problem(str(i), "x" * i) for i in (3, 1, 2)]

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -18,13 +19,15 @@ from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 from test_evaluate import make_run, rows
 
-from mass import evaluate, harness, kit
+from mass import chooser, evaluate, harness, wanted
+from mass.chooser import Chooser
 from mass.errors import MassError
 from mass.filerun import adapt_problems
 from mass.harness import MassLM
-from mass.kit import build_kit, plan
+from mass.kit import build_kit
 from mass.problems import as_problems, load_tasks
 from mass.records import Record, Tokens
+from mass.wanted import plan
 
 COUNT = 8
 BATCH = 4
@@ -129,9 +132,8 @@ def test_a_local_task_has_the_answers_and_the_accuracy_of_mass_eval(
     assert [x["exact_match"] for x in samples] == [row["score"] for row in own]
     about = found["config"]["mass"]
     assert (about["method"], about["documents"], about["failed"]) == (method, COUNT, 0)
-    assert about["run"].endswith("step_000001") and about["settings"] == kit.settings_key(
-        plan(str(run), None)
-    )
+    settings = wanted.settings_key(plan(str(run), None), method)
+    assert about["run"].endswith("step_000001") and about["settings"] == settings
     assert (about["generated"] + about["trained"]) / COUNT == arm["tokens"]
 
 
@@ -301,6 +303,17 @@ def test_without_lm_eval_it_says_what_to_install(
 
 def test_a_budget_and_limits_of_a_task(run: Path) -> None:
     lm = MassLM(run=str(run), method="vote", budget=60)
+    with pytest.raises(MassError, match="budget=60 is less than the 61 tokens"):
+        lm.generate_until([request("a", max_gen_toks=61)])
+
+
+def test_the_budget_that_auto_was_fitted_under_holds_for_a_task_s_limit(run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run, tmp_path / "r")
+    flat = {"none": (0.0,) * 5}
+    chooser.save(Chooser(60, 4, 10, (0.0,) * 4, (1.0,) * 4, flat, {"none": 0.5}), copy)
+    with pytest.raises(MassError, match="fitted under --budget 60, not 70"):
+        MassLM(run=str(copy), method="auto", budget=70)
+    lm = MassLM(run=str(copy), method="auto")
     with pytest.raises(MassError, match="budget=60 is less than the 61 tokens"):
         lm.generate_until([request("a", max_gen_toks=61)])
 

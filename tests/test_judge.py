@@ -127,9 +127,15 @@ def test_a_model_text_that_a_scorer_evaluates_reaches_no_file_and_no_shell(fake_
             f"__import__('pathlib').Path('{target}').touch()",
             f"__import__('subprocess').run(['touch', '{target}'])",
             "__import__('socket').create_connection(('127.0.0.1', 9))",
+            f"__import__('sqlite3').connect('{target}').execute('create table a(b)')",
+            f"__import__('_posixsubprocess').fork_exec([b'/bin/touch', b'{target}'], [b'/bin/touch'])",
+            f"__import__('subprocess')._fork_exec([b'/bin/touch', b'{target}'], [b'/bin/touch'])",
+            "__import__('resource').setrlimit(1, (9, 9))",
         ):
             verdict = judged(verifier, "eval", code)
             assert verdict.status == "failed" and "PermissionError" in verdict.reason, verdict
+        # what no audit event tells of can write nothing into a file
+        assert judged(verifier, "eval", "__import__('resource').getrlimit(1) == (0, 0)").status == "right"
     assert not target.exists()
 
 

@@ -1,6 +1,7 @@
 """What test time works with: the kit of a run folder."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +11,13 @@ import pytest
 import torch
 from folders import make_tiny_run
 
-from mass import checkpoint, state
+from mass import checkpoint, chooser, state
 from mass import kit as kit_module
+from mass.chooser import Chooser
 from mass.errors import MassError
-from mass.kit import build_kit, plan
+from mass.kit import build_kit
 from mass.problems import Problem, Task
+from mass.wanted import plan, settings_key
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +65,123 @@ def test_a_file_of_shots_is_part_of_the_settings(tmp_path: Path) -> None:
     keys = []
     for text in ("one", "two", "one"):
         file.write_text(json.dumps({"problem": text, "answer": "1"}) + "\n")
-        keys.append(kit_module.settings_key(asked))
+        keys.append(settings_key(asked, "quest"))
     assert keys[0] == keys[2] != keys[1]
+
+
+@pytest.mark.parametrize("which", ["model", "teacher"])
+def test_what_is_in_a_model_s_folder_is_part_of_the_settings(tmp_path: Path, which: str) -> None:
+    def key() -> str:
+        if which == "model":
+            return settings_key(plan(None, str(tmp_path)), "quest")
+        return settings_key(replace(plan(None, "tiny:llama"), teacher=str(tmp_path)), "quest")
+
+    keys = [key()]
+    for name, data in [
+        ("config.json", b"{}"),
+        ("model.safetensors", b"1234"),
+        ("model.safetensors", b"123"),
+        ("pytorch_model.bin", b""),
+    ]:
+        (tmp_path / name).write_bytes(data)
+        keys.append(key())
+    os.utime(tmp_path / "model.safetensors", ns=(0, 1))
+    keys.append(key())
+    (tmp_path / "README.md").touch()
+    assert len(set(keys)) == 6 and key() == keys[-1]
+
+
+def fitted_run(run: Path, folder: Path, budget: int) -> Path:
+    """A copy of a run in which auto is fitted."""
+    copy = shutil.copytree(run, folder / "r")
+    flat = {"none": (0.0,) * 5}
+    chooser.save(Chooser(budget, 4, 10, (0.0,) * 4, (1.0,) * 4, flat, {"none": 0.5}), copy)
+    return copy
+
+
+def test_fitting_auto_again_concerns_auto_alone(run: Path, tmp_path: Path) -> None:
+    asked = plan(str(fitted_run(run, tmp_path, 30)), None)
+    before = [settings_key(asked, name) for name in ("mass", "auto")]
+    fitted_run(run, tmp_path / "other", 40).joinpath("auto.json").replace(tmp_path / "r" / "auto.json")
+    after = [settings_key(asked, name) for name in ("mass", "auto")]
+    assert before[0] == after[0] and before[1] != after[1]
+
+
+def test_what_a_method_cannot_work_under_is_said_by_the_plan(run: Path, tmp_path: Path) -> None:
+    copy = str(fitted_run(run, tmp_path, 30))
+    file = tmp_path / "train.jsonl"
+    file.touch()
+    cases = [
+        (plan(copy, None), "random", {}, "generate.examples=5", "generate.examples=5 .* and 4 are set aside"),
+        (plan(copy, None), "ttrl", {}, "guard.restore=0.1", "leave guard.* out"),
+        (plan(copy, None), "auto", {"budget": 40}, "", "fitted under --budget 30, not 40"),
+        (plan(copy, None), "auto", {}, "generate.answer_tokens=31", "less than generate.answer_tokens=31"),
+        (plan(None, "tiny:llama"), "random", {}, f"problems.train={file} generate.examples=17", "and 16 are set aside"),
+    ]  # fmt: skip
+    for good, name, changes, more, sentence in cases:
+        source = (copy, None) if good.step else (None, "tiny:llama")
+        asked = replace(plan(*source, more.split()), **changes)
+        with pytest.raises(MassError, match=sentence):
+            asked.method(name)
+    # a budget takes what there is; guards are for what fine-tunes
+    assert replace(plan(copy, None, ["generate.examples=5"]), budget=30).method("random").examples
+    assert plan(copy, None, ["guard.restore=0.1"]).method("quest").update
+    assert replace(plan(copy, None), budget=30).method("auto")
+    with pytest.raises(MassError, match="method auto is not fitted here"):
+        plan(copy, None).method("auto", bare=True)
+
+
+def test_rates_that_a_run_did_not_learn_are_refused(run: Path, tmp_path: Path) -> None:
+    for learned, text, sentence in [
+        ("one", "inner.learned_lr=layer", "r was trained with inner.learned_lr=one"),
+        ("layer", "inner.learned_lr=one", "trained with inner.learned_lr=layer"),
+        ("one", 'inner={"lr": 0.5}', "inner.lr=0.5: this run learned its inner rate"),
+        ("one", "inner.lr=0.25", "inner.lr=0.25: this run learned its inner rate"),
+        ("one", 'lora={"rank": 4}', "were not made so"),
+        ("one", 'scorer={"layers": [1.0]}', "were not made so"),
+    ]:
+        copy = shutil.copytree(run, tmp_path / f"{learned} {text[:9]}" / "r", dirs_exist_ok=True)
+        recipe = copy / "recipe.yaml"
+        recipe.write_text(recipe.read_text().replace("learned_lr: one", f"learned_lr: '{learned}'"))
+        with pytest.raises(MassError, match=sentence):
+            plan(str(copy), None, [text])
+    assert plan(str(run), None, ['scorer={"temperature": 2.0}']).recipe.scorer.temperature == 2.0
+    # of a run that learned none, all are the recipe's
+    copy = shutil.copytree(run, tmp_path / "none" / "r")
+    recipe = copy / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("learned_lr: one", "learned_lr: 'no'"))
+    assert plan(str(copy), None, ["inner.learned_lr=layer", "inner.lr=0.5"]).recipe.inner.lr == 0.5
+    by_hand = plan(str(run), None, ['inner={"lr": 0.5, "learned_lr": "no"}']).recipe.inner
+    assert (by_hand.lr, by_hand.learned_lr) == (0.5, "no")
+
+
+def test_shots_that_are_not_there_are_missed_before_anything_is_loaded(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kit_module, "load", lambda *_, **__: pytest.fail("a model is loaded"))
+    file = tmp_path / "train.jsonl"
+    rows = [json.dumps({"problem": f"{i} + 1?", "answer": str(i + 1)}) + "\n" for i in range(4)]
+    file.write_text("".join(rows))
+    with pytest.raises(
+        MassError, match=r"generate_shots=2 show .* none here: name some by problems.train=FILE"
+    ):
+        plan(None, "tiny:llama", ["prompt.generate_shots=2"])
+    with pytest.raises(MassError, match=r"solve_shots=5 .*shots.jsonl holds 4 of the run's: lower them"):
+        plan(str(run), None, ["prompt.solve_shots=5", "prompt.pool=20"])
+    with pytest.raises(MassError, match=r"solve_shots=3 .* problems.train gives 2 \(3 shots wanted"):
+        build_kit(plan(None, "tiny:llama", [f"problems.train={file}", "prompt.solve_shots=3"]))
+    # the Fisher information shows problems of the pool to each other
+    with pytest.raises(MassError, match=r"holds 4 of the run's"):
+        plan(str(run), None, ["prompt.solve_shots=4", "guard.fisher=1"])
+
+
+def test_an_adapter_without_a_base_model_asks_for_one(run: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(run / "step_000002" / "policy", tmp_path / "peft")
+    config = folder / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": None}))
+    with pytest.raises(MassError, match="names no base model: give it with --model MODEL"):
+        plan(str(folder), None)
+    assert plan(str(folder), "tiny:llama").recipe.model.path == "tiny:llama"
 
 
 def test_damaged_or_missing_shots(run: Path, tmp_path: Path) -> None:

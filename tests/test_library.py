@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from chain import save_chain
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -18,10 +19,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 import mass
 from mass import choices, filerun
 from mass.errors import MassError
-from mass.kit import build_kit, plan
+from mass.kit import build_kit
 from mass.lora import LoraLinear, LoraShape, attach, fresh, save_peft
 from mass.methods import Record, solve
 from mass.problems import Problem, as_problems
+from mass.wanted import plan
 
 PLAIN = {
     "prompt.style": "plain",
@@ -39,7 +41,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def loaded(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """As a user may have them: a part in train mode, parameters that want gradients, a gradient, hooks, no pad token."""
+    """As a user may have them: a part in train mode, parameters that want gradients, a gradient, hooks (of accelerate too),
+    no pad token."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.pad_token = None
@@ -48,6 +51,8 @@ def loaded(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     model.lm_head.weight.requires_grad_(False)
     model.model.norm.weight.grad = torch.ones_like(model.model.norm.weight)
     model.model.layers[0].mlp.register_forward_hook(lambda *_: None)
+    for module in (model.model.layers[0], model.model.layers[1].mlp.up_proj):
+        add_hook_to_module(module, ModelHook())
     return model, tokenizer
 
 

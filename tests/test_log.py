@@ -10,10 +10,12 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from rich.cells import cell_len
 from rich.console import Console
 
 from mass import log
+from mass.distributed import World
 from mass.errors import MassError
 from mass.log import (
     RunLog,
@@ -24,6 +26,7 @@ from mass.log import (
     plain,
     write_atomic,
 )
+from mass.report import peak_gb
 from mass.tags import CHARTS, TAGS
 
 VALUES = {
@@ -115,15 +118,20 @@ def test_resume_cuts_later_lines_and_a_torn_one(tmp_path):
     with open(tmp_path / "log.jsonl", "a") as file:
         file.write('{"step": 5, "time": 1.0, "meta/l')
 
-    run, out = run_log(tmp_path, start_step=3)
+    run, out = run_log(tmp_path, start_step=3, skipped=1)
     assert "dropped 1 unreadable line" in out.getvalue()
     assert [entry["step"] for entry in entries(tmp_path / "log.jsonl")] == [0, 1, 2]
     assert [entry["step"] for entry in entries(tmp_path / "samples.jsonl")] == [0, 1, 2]
     run.scalars(3, {"meta/loss": 30.0})
     run.scalars(4, {"meta/loss": 40.0})
     assert [entry["meta/loss"] for entry in entries(tmp_path / "log.jsonl")] == [0, 1, 2, 30, 40]
-    # the count of skipped steps goes on from the log: 1 skipped before step 3 is no news
-    assert run.skipped == 1
+    # the count of skipped steps goes on: 1 skipped before step 3 is no news, in the log of another run either
+    other, said = run_log(tmp_path / "branch", start_step=3, skipped=1)
+    for own, text in ((run, out), (other, said)):
+        own.line(3, {"meta/skipped_steps": 1})
+        assert "was skipped" not in text.getvalue() and "skipped 1" in text.getvalue()
+        own.line(4, {"meta/skipped_steps": 2})
+        assert "WARNING: step 5 was skipped" in text.getvalue()
 
 
 def test_resume_at_zero_starts_the_log_anew(tmp_path):
@@ -181,6 +189,26 @@ def test_missing_tensorboard_is_one_clear_message(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
     with pytest.raises(MassError, match="log.tensorboard=false"):
         run_log(tmp_path, tensorboard=True)
+
+
+def test_a_run_that_cannot_write_tensorboard_changes_nothing(tmp_path, write, monkeypatch):
+    from mass import train
+    from mass.recipe import load
+    from mass.watchdog import Watchdog
+
+    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
+    recipe = load(
+        write("model: {path: tiny:llama}\nproblems: {train: [gym:chain_sum]}\n"),
+        [f"run.folder={tmp_path}/runs"],
+    )
+    with pytest.raises(MassError, match="log.tensorboard=false"):
+        train._train(recipe, World(0, 1, torch.device("cpu")), Watchdog(0, 1, 10))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_peak_memory_is_that_of_the_device_of_the_run(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert 0.01 < peak_gb(torch.device("cpu")) < 1000
 
 
 def test_line_in_a_file_is_one_plain_line_with_everything_on_it(tmp_path, monkeypatch):

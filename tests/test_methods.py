@@ -226,8 +226,27 @@ def test_random_draws_training_problems_but_never_the_target(kit: Kit) -> None:
     assert record.tokens.generated == 8 and len(record.steps) == 2
     a, b = (solve(kit, [p], "random", baselines=False)[0].examples for p in PROBLEMS[:2])
     assert a != b
-    with pytest.raises(MassError, match=r"generate.examples=6 training problems, and 5 are set aside"):
-        solve(replace(kit, examples=6), [target], "random")
+    with pytest.raises(MassError, match=r"generate.examples=7 training problems, and 6 are set aside"):
+        solve(replace(kit, examples=7), [target], "random")
+
+
+def test_a_problem_of_the_pool_that_leaves_too_few_fails_alone(kit: Kit) -> None:
+    kit = replace(kit, solve_shots=6, examples=6)
+    by_id, by_text = Problem("t2", "What is it?"), Problem("typed", "What is 2 +  1?")
+    for method, wrong, reason in [
+        ("none", by_id, "6 shots wanted and 5 problems set aside"),
+        ("none", by_text, "6 shots wanted and 5 problems set aside"),
+        ("random", by_text, "generate.examples=6 training problems, and 5 are set aside"),
+    ]:
+        records = solve(kit, [PROBLEMS[0], wrong, PROBLEMS[1]], method, baselines=False)
+        assert [r.error is None for r in records] == [True, False, True]
+        assert reason in (records[1].error or "") and records[1].solution == ""
+
+
+def test_a_target_of_the_pool_is_not_in_its_own_prompt(kit: Kit) -> None:
+    kit = replace(kit, solve_shots=5, generate_shots=2)
+    shots = choices.shots_for(kit, Problem("typed", "What is 2 +  1?"))
+    assert "What is 2 + 1?" not in {text for shot in (*shots.solve, *shots.generate) for text in shot}
 
 
 def test_too_long_a_problem_fails_alone(kit: Kit) -> None:

@@ -1,6 +1,7 @@
 """The probe: what it says of a sound setting, and which fault it names where there is one."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,25 @@ def test_an_update_on_solved_problems_shows_the_room(monkeypatch: pytest.MonkeyP
     )
     known = {(t.problem.text, t.solution) for t in setting.pool}
     assert all((e.problem, e.solution) in known for row in own.examples for e in row)
+
+
+def test_the_probe_works_as_many_tasks_at_once_as_training_does(
+    families: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting, *rest = families
+    few = replace(setting.recipe.outer, tasks_at_once=4)
+    setting = replace(setting, recipe=replace(setting.recipe, outer=few))
+    whole, seen = probe.episode.run, []
+
+    def run(setting: Setting, tasks: list[Task], *arguments: Any, **more: Any) -> Any:
+        seen.append(len(tasks))
+        return whole(setting, tasks, *arguments, **more)
+
+    monkeypatch.setattr(probe.episode, "run", run)
+    monkeypatch.setattr(probe, "RATES", ())
+    monkeypatch.setattr(probe, "_leave_one_out", lambda *_: (0.0, 0.0))
+    assert probe.probe(setting, *rest).tasks == 16
+    assert seen == [4] * 4
 
 
 def test_the_probe_leaves_everything_as_it_was(families: Any, report: probe.Report) -> None:

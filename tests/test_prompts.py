@@ -242,6 +242,14 @@ def test_the_target_is_no_shot() -> None:
         assert "p3 of sums" not in {text for shot in (*shots.solve, *shots.generate) for text in shot}
 
 
+def test_the_target_is_no_shot_under_another_id_either() -> None:
+    for seed in range(20):
+        shots = pick_shots(POOL, 5, seed, "typed", text="P3  of sums")
+        assert "p3 of sums" not in {text for shot in (*shots.solve, *shots.generate) for text in shot}
+    # a text that is not there changes nothing
+    assert pick_shots(POOL, 5, 7, "typed", text="other") == pick_shots(POOL, 5, 7, "typed")
+
+
 def test_too_small_a_pool_says_so() -> None:
     assert pick_shots([], 0, 0, "t") == ((), ())
     with pytest.raises(MassError, match="raise prompt.pool above 3"):

@@ -80,6 +80,7 @@ def test_what_is_required(write):
     "overrides, part",
     [
         (["inner.optimizer=adam", "inner.steps=1"], "eps_root=1e-4"),
+        (["inner.optimizer=adam", "inner.eps=0"], "0/0 is NaN. Leave inner.eps out (1e-8)"),
         (["inner.optimizer=adam", "inner.momentum=0.9"], "inner.momentum=0.9 belongs to sgd"),
         (["inner.eps_root=1e-4"], "inner.eps_root=0.0001 belongs to adam"),
         (["inner.learned_lr=one", "outer.lr_inner=0"], "never learns"),
@@ -126,6 +127,8 @@ def test_a_step_cannot_be_picked_by_losses_that_nobody_looks_at(write):
     [
         ["inner.optimizer=adam", "inner.steps=2"],
         ["inner.optimizer=adam", "inner.steps=1", "inner.eps_root=1e-4"],
+        ["inner.optimizer=adam", "inner.eps=0", "inner.eps_root=1e-4"],
+        ["inner.optimizer=sgd", "inner.eps=0"],
         ["generate.examples=1", "outer.lr_scorer=0"],
         ["inner.start=base", "outer.gamma=0"],
         ["meta_gradient.truncate=2", "outer.through_init=true"],

@@ -68,6 +68,13 @@ def test_a_number_alone_is_no_stated_answer():
         ("none", "0", False),
         ("", "0", False),
         ("a cat", "cat", None),
+        (r"so \frac{3}{4}", r"\frac{3}{4}", True),
+        (r"it is 10{,}000.", "10000", True),
+        (r"it is 10\!000.", "10000", True),
+        ("about 2e-5", "2e-5", True),
+        ("that is .5", "0.5", True),
+        ("1/2 of 3", "1/2", False),
+        ("at 3.5.", "3.5", True),
     ],
 )
 def test_ends_with_number(text, gold, right):

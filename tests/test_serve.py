@@ -17,7 +17,6 @@ from typing import Any
 
 import psutil
 import pytest
-import torch
 import uvicorn
 from chain import save_chain
 from openai import APIError, APIStatusError, OpenAI
@@ -25,9 +24,11 @@ from openai import APIError, APIStatusError, OpenAI
 from mass import batcher, serve
 from mass.api import Limits, make_app
 from mass.choices import Kit
-from mass.kit import build_kit, plan
+from mass.errors import MassError
+from mass.kit import build_kit
 from mass.methods import METHODS, Record, solve
-from mass.problems import text_problem
+from mass.problems import Problem, Task, text_problem
+from mass.wanted import plan
 
 SHORT = ["model.dtype=fp32", "prompt.style=plain", "generate.examples=2", "generate.max_new_tokens=16"]
 
@@ -294,10 +295,15 @@ def test_stopping_gives_back_what_waits_and_what_is_at_work(slow_kit: Kit) -> No
         assert [error.status_code for error in errors] == [503, 503] and time.monotonic() - begin < 2  # type: ignore[union-attr]
 
 
-def test_one_that_fails_fails_alone(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("failure", "status"), [(RuntimeError("secret detail"), 500), (MassError("use another"), 400)]
+)
+def test_one_that_fails_fails_alone(
+    kit: Kit, monkeypatch: pytest.MonkeyPatch, failure: Exception, status: int
+) -> None:
     def poisoned(kit: Kit, problems: Any, *words: Any, **more: Any) -> Any:
         if any("poison" in p.text for p in problems):
-            raise RuntimeError("secret detail")
+            raise failure
         return solve(kit, problems, *words, **more)
 
     monkeypatch.setattr(batcher, "solve", poisoned)
@@ -305,11 +311,28 @@ def test_one_that_fails_fails_alone(kit: Kit, monkeypatch: pytest.MonkeyPatch) -
         texts = ["What is 3 - 2?", "poison", "What is 5 - 3?"]
         answers = [pool.submit(service.ask, text) for text in texts]
         error = answers[1].exception()
-        assert isinstance(error, APIStatusError) and error.status_code == 500 and "secret" not in str(error)
+        assert isinstance(error, APIStatusError) and error.status_code == status
+        assert "secret" not in str(error) and ("use another" in str(error)) is (status == 400)
         found = [answers[i].result().choices[0].message.content for i in (0, 2)]
         assert service.get("/healthz")[0] == 200
     # the model is the service's own as long as it runs
     assert found == [alone(kit, texts[i]).solution for i in (0, 2)]
+
+
+def test_a_problem_of_the_pool_that_leaves_too_few_shots_is_refused_alone(kit: Kit) -> None:
+    pool = [
+        Task(Problem(f"t{i}", f"What is {i} - 1?"), str(i - 1), f"Answer: {i - 1}", "x", "exact")
+        for i in (2, 3)
+    ]
+    kit = replace(kit, pool=pool, solve_shots=2)
+    with running(kit, window=0.5) as service, ThreadPoolExecutor(2) as threads:
+        texts = ["What is 5 - 3?", "What is 2 - 1?"]
+        good, bad = [threads.submit(service.ask, text, "demo:none") for text in texts]
+        assert good.result().choices[0].message.content == alone(kit, texts[0], "none").solution
+        with pytest.raises(APIStatusError, match="2 shots wanted and 1 problems set aside") as raised:
+            bad.result()
+        assert raised.value.status_code == 400
+        assert service.metrics()['mass_batch_problems_bucket{le="1.0"}'] == 0, "nothing was done again"
 
 
 def test_token(kit: Kit) -> None:
@@ -355,6 +378,20 @@ def test_command_refuses_what_it_must(
             assert sentence in capsys.readouterr().err, words
 
 
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["--model", "models/foo"], "foo"),
+        (["--model", "./models/foo//"], "foo"),
+        (["--model", "tiny:llama"], "tiny-llama"),
+        (["--run", "checkpoints/demo/"], "demo"),
+        (["--run", "checkpoints/demo/step_000003"], "demo"),
+    ],
+)
+def test_the_name_is_that_of_the_folder(words: list[str], name: str) -> None:
+    assert serve._name(serve._parser().parse_args(words)) == name
+
+
 def test_command_names_what_is_not_installed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -380,4 +417,4 @@ def test_the_command_serves_until_it_is_stopped() -> None:
     assert answer.model_extra is not None and answer.model_extra["mass"]["method"] == "quest"
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=20)
-    assert out == "" and process.returncode in (0, -signal.SIGTERM) and torch.get_num_threads() >= 1
+    assert out == "" and process.returncode in (0, -signal.SIGTERM)

@@ -1,11 +1,14 @@
 """Examples by a second model, local or at an address that may be slow, broken or away."""
 
 import json
+import re
+import socket
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -44,7 +47,9 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, list[Any], di
                 return
             text = f"Problem: {what} {body['seed']}?\nSolution: Answer: 3"
             data = json.dumps({"choices": [{"message": {"content": text}, "finish_reason": "stop"}]})
-            data = "{" if what == "broken" else data
+            if what == "silent":
+                data = json.dumps({"choices": [{"message": {"content": " \n"}}]})
+            data = {"broken": "{", "endless": " " * (teacher.LONGEST + 1)}.get(what, data)
             self.send_response(200)
             self.end_headers()
             self.wfile.write(data.encode())
@@ -100,13 +105,67 @@ def test_teacher_at_an_address(kit: Kit, server: Any, monkeypatch: pytest.Monkey
     assert alone.solution == good.solution
 
 
+@pytest.mark.parametrize(
+    ("what", "reason"),
+    [
+        ("endless", f"teacher wrote more than {teacher.LONGEST} bytes"),
+        ("silent", "teacher wrote nothing"),
+        ("away", r"teacher cannot be reached \(.*refused"),
+    ],
+)
+def test_what_an_address_did_not_give_says_why(kit: Kit, server: Any, what: str, reason: str) -> None:
+    url, _, behave = server
+    behave["4 + 3"] = what
+    if what == "away":
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            url = f"http://127.0.0.1:{free.getsockname()[1]}/v1#big"
+    far = teacher.address(url, kit.lm.tokenizer, kit.writing, 10.0)
+    ((one, other),) = far([PLAIN.text], [()], [[1, 2]])
+    assert isinstance(one, str) and one == other and re.match(reason, one)
+
+
+def test_a_local_teacher_s_tokens_are_the_student_s(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = tiny_lm("qwen2")
+    prompts = make_prompts(other.tokenizer, "plain")
+    student: Any = SimpleNamespace(encode=lambda text, **_: [7] * 2 * len(text))
+    near = teacher.local(other, prompts, Sampling(10, 1.0), student)
+    (own,) = near([PLAIN.text], [()], [[1, 2]])
+    for r in own:
+        assert isinstance(r, Rollout) and r.text and len(r.tokens) == len(r.logprobs) == 2 * len(r.text)
+    # a text that is empty has cost a token
+    student = SimpleNamespace(encode=lambda text, **_: [])
+    (silent,) = teacher.local(other, prompts, Sampling(10, 1.0), student)([PLAIN.text], [()], [[1]])
+    assert isinstance(silent[0], Rollout) and len(silent[0].tokens) == 1
+
+
+def test_a_prompt_that_a_local_teacher_has_no_room_for_is_that_problem_s_reason(
+    kit: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tiny_lm("qwen2")
+    prompts = make_prompts(other.tokenizer, "plain")
+    long = Problem("long", "word " * 200)
+    size = len(prompts.generate(long.text))
+    monkeypatch.setattr(teacher, "context_length", lambda _: size + 9)
+    near = teacher.local(other, prompts, Sampling(10, 1.0), kit.lm.tokenizer)
+    monkeypatch.setitem(METHODS, "tt-d", replace(METHODS["tt-d"], gate=None))
+    plain, failed = solve(replace(kit, teacher=near, examples=2), [PLAIN, long], "tt-d", baselines=False)
+    assert failed.error is None and failed.solution and "the prompt" not in plain.note
+    assert (
+        f"2 examples is valid (teacher's context of {size + 9} tokens does not hold its prompt of {size} and 10"
+        in failed.note
+    )
+    assert plain.examples and not any(e.reason.startswith("teacher") for e in plain.examples)
+    # also where none has room
+    assert near([long.text], [()], [[1, 2]]) == [[failed.examples[0].reason] * 2]
+
+
 def test_teacher_that_is_a_model_writes_and_the_student_learns(
     kit: Kit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = tiny_lm("qwen2")
-    near = teacher.local(other, make_prompts(other.tokenizer, "plain"), Sampling(10, 1.0))
+    near = teacher.local(other, make_prompts(other.tokenizer, "plain"), Sampling(10, 1.0), kit.lm.tokenizer)
     (own,) = near([PLAIN.text], [()], [[1, 2]])
-    assert [len(r.tokens) for r in own if isinstance(r, Rollout)] == [3, 10]
+    assert [r.finished for r in own if isinstance(r, Rollout)] == [True, False]
     with pytest.raises(
         MassError, match="tt-d has its examples from a stronger model: name it with --teacher"
     ):

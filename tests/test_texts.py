@@ -16,11 +16,11 @@ from tiny import tiny_kit
 from mass import answers, arms, evaluate, practice
 from mass.choices import Texts
 from mass.choices.kit import greedily, sample
-from mass.kit import plan
 from mass.lora import expand
 from mass.methods import solve
 from mass.prompts import make_prompts
 from mass.records import Record, Seconds
+from mass.wanted import plan
 
 ARMS = (
     "none,vote,pick,quest,mass,in-context,base:quest,mass[inner.steps=1],mass[generate.temperature=0.5],"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import Ranks
-from runs import STEP_FILES, is_run_folder, log_of, step_of, tensors
+from runs import STEP_FILES, is_run_folder, log_of, one_sentence, step_of, tensors
 from safetensors.torch import load_file
 
 # (loss, inner optimizer) -> the stages on which two ranks are compared with one
@@ -296,6 +296,36 @@ def test_resuming_beyond_the_last_step_ends_without_a_traceback(
 ) -> None:
     own = [str(recipe), f"run.folder={tmp_path}"]
     ranks("mass.train:main", [*own, "outer.steps=2"]).good()
+    kept = [tmp_path / "run" / name for name in ("recipe.yaml", "latest", "log.jsonl", "samples.jsonl")]
+    before = [path.read_bytes() for path in kept]
     done = ranks("mass.train:main", [*own, "outer.steps=1", "run.resume=auto"])
+    one_sentence(done, "outer.steps=1", f"{tmp_path}/run/step_000002 is at step 2", "Raise outer.steps")
+    assert done.codes == [2]
+    assert [path.read_bytes() for path in kept] == before
     is_run_folder(tmp_path / "run", [1, 2])
-    assert done.codes[0] in (0, 2) and "Traceback" not in done.err[0]
+
+
+def evaluated(words: list[str], wanted: list[int]) -> None:
+    """A run whose held-out evaluations have to take so many problems at once."""
+    from mass import train
+
+    whole, seen = train.evaluate, []
+
+    def evaluate(*arguments: Any, batch: int, **more: Any) -> dict[str, float]:
+        seen.append(batch)
+        return whole(*arguments, batch=batch, **more)
+
+    train.evaluate = evaluate
+    train.main(words)
+    assert seen == wanted, seen
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_an_evaluation_while_training_takes_no_more_at_once_than_training_does(
+    ranks: Ranks, recipe: Path, tmp_path: Path
+) -> None:
+    own = [str(recipe), f"run.folder={tmp_path}", "outer.steps=1", "evaluate.every=1", "evaluate.problems=4"]
+    less = [*own, "outer.tasks=4", "outer.tasks_at_once=3", "run.name=less"]
+    ranks("test_train_equal:evaluated", less, [3, 3]).good()
+    ranks("test_train_equal:evaluated", [*own, "outer.tasks=2", "outer.tasks_at_once=3"], [2, 2]).good()

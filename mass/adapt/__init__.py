@@ -46,8 +46,9 @@ def adapt(
 
     from mass.errors import MassError
     from mass.filerun import group, run_batches
-    from mass.kit import build_kit, lent, plan
+    from mass.kit import build_kit, lent
     from mass.problems import as_problems
+    from mass.wanted import plan
 
     if batch < 1:
         raise MassError(f"batch={batch}: it wants 1 or more")

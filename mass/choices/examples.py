@@ -23,7 +23,7 @@ from mass.practice import (
     seed_of,
     solve_sequence,
 )
-from mass.problems import Problem, content_key
+from mass.problems import Problem, Task, content_key
 from mass.prompts import Example, filter_examples, parse_example
 from mass.rewards import find_answer
 
@@ -127,12 +127,7 @@ def training_problems(kit: Kit, problems: Seq[Problem], room: Room) -> Practice:
     """N solved training problems for each target, drawn at random from the pool; never the target itself."""
     examples = []
     for t, p in enumerate(problems):
-        others = [x for x in kit.pool if content_key(x.problem.text) != content_key(p.text)]
-        if len(others) < kit.examples and room.tokens is None:
-            raise MassError(
-                f"method random draws generate.examples={kit.examples} training problems, and {len(others)} are set "
-                f"aside (prompt.pool). Use generate.examples={len(others)} or fewer."
-            )
+        others = training_problems_for(kit, p)
         order = sorted(others, key=lambda x: seed_of(kit.seed, "random", p.text, x.problem.id))
         own = [Example(x.problem.text, x.solution, True, "") for x in order]
         if room.tokens is None:
@@ -142,6 +137,22 @@ def training_problems(kit: Kit, problems: Seq[Problem], room: Room) -> Practice:
             own = own[: sum(x <= room.tokens[t] for x in spent)]
         examples.append(own)
     return _practice(kit, problems, examples, [[] for _ in problems])
+
+
+def training_problems_for(kit: Kit, problem: Problem) -> list[Task]:
+    """Those of the pool that are not the problem itself. Raises MassError where N are wanted and there are fewer."""
+    others = [x for x in kit.pool if content_key(x.problem.text) != content_key(problem.text)]
+    check_pool(kit.examples, len(others), kit.budget)
+    return others
+
+
+def check_pool(examples: int, count: int, budget: int | None) -> None:
+    """Raise MassError where `random` would draw more training problems than `count`. A budget takes what there is."""
+    if budget is None and count < examples:
+        raise MassError(
+            f"method random draws generate.examples={examples} training problems, and {count} are set aside (prompt.pool). "
+            f"Use generate.examples={count} or fewer."
+        )
 
 
 def leave_one_out(kit: Kit, problems: Seq[Problem], room: Room) -> Practice:

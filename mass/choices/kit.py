@@ -161,7 +161,8 @@ def shots_for(kit: Kit, problem: Problem) -> Shots:
     With demonstrations the second of two is shown as a problem like the first.
     """
     if not problem.demonstrations:
-        return pick_shots(kit.pool, kit.solve_shots, kit.seed, problem.id, pairs=kit.generate_shots)
+        k, pairs = kit.solve_shots, kit.generate_shots
+        return pick_shots(kit.pool, k, kit.seed, problem.id, pairs=pairs, text=problem.text)
     solved = tuple((given, stated(output)) for given, output in problem.demonstrations)
     similar = tuple((one, *other) for (one, _), other in zip(solved[::2], solved[1::2], strict=False))
     return Shots(solved, similar)
