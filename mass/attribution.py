@@ -68,7 +68,7 @@ def measure(
     fitting = [task for task in tasks if _fits(kit, task)]
     problems: list[dict[str, Any]] = []
     examples: list[dict[str, Any]] = []
-    size = min(batch, plan.recipe.outer.tasks_at_once or plan.recipe.outer.tasks)
+    size = min(batch, plan.recipe.outer.together)
     for i in range(0, len(fitting), size):
         some = fitting[i : i + size]
         say(f"credit: problems {i + 1} to {i + len(some)} of {len(fitting)}")

@@ -89,7 +89,7 @@ def make(recipe: Recipe, ranks: int, engines: Collection[str] = tuple(ENGINES)) 
     if moves_base:
         # PyTorch takes pinned memory in powers of two
         main["base shard"] = sum(1 << (size - 1).bit_length() for size in own)
-    T = min(r.outer.tasks, r.outer.tasks_at_once or r.outer.tasks)
+    T = r.outer.together
     i = r.inner
     # without an inner loop there are no examples
     N, new = (r.generate.examples, r.generate.max_new_tokens) if i.steps else (0, 0)

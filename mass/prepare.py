@@ -157,7 +157,7 @@ def _longest(
     N, new = r.generate.examples, r.generate.max_new_tokens
     examples: list[Sequence | None] = [Sequence([pad] * alike + [n] * new, alike) for n in range(N)]
     answer = Sequence([pad] * (asked + r.generate.answer_tokens), asked)
-    T = min(r.outer.tasks, r.outer.tasks_at_once or r.outer.tasks)
+    T = r.outer.together
     rollouts = r.outer.rollouts if r.outer.loss == "verifier" else 1
     pairs = [(task.problem.text, *_solved(task)) for task in tasks[len(tasks) - r.prompt.generate_shots :]]
     before = max((len(prompts.generate(task.problem.text, pairs)) for task in tasks), default=64)

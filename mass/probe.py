@@ -121,7 +121,7 @@ def probe(
     quiet = replace(setting.recipe.outer, lr_policy=0.0, gamma=0.0, through_init=False)
     fixed = replace(setting.recipe.inner, learned_lr="no")
     setting = replace(setting, recipe=replace(setting.recipe, outer=quiet, inner=fixed))
-    size = min(quiet.tasks, quiet.tasks_at_once or quiet.tasks)
+    size = quiet.together
     batches = [tasks[i : i + size] for i in range(0, len(tasks) // size * size, size)] or [tasks]
     made: list[Result] = []
     for i, batch in enumerate(batches):

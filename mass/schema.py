@@ -256,6 +256,11 @@ class Outer:
     micro_rows: int = _key(32, "sequences in one policy-gradient forward", ge=1)
 
     @property
+    def together(self) -> int:
+        """How many tasks a rank works on at one time."""
+        return min(self.tasks, self.tasks_at_once or self.tasks)
+
+    @property
     def writes(self) -> bool:
         """Whether the generator is trained."""
         return self.generator > 0 and self.lr_policy > 0

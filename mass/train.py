@@ -125,7 +125,7 @@ def _train(recipe: Recipe, world: World, watch: Watchdog) -> None:
                 {task.source for task in train_tasks},
                 setting.verifier,
                 # what training has memory for
-                batch=min(recipe.outer.tasks, recipe.outer.tasks_at_once or recipe.outer.tasks),
+                batch=recipe.outer.together,
                 rank=world.rank,
                 world=world.size,
             )

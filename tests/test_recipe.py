@@ -238,3 +238,9 @@ def test_the_docs_are_in_step():
     assert page == markdown(), "python -m mass.recipe > docs/recipes.md"
     for name in KEYS:
         assert f"| `{name}` |" in page
+
+
+@pytest.mark.parametrize("tasks, at_once, together", [(4, "null", 4), (4, 3, 3), (2, 3, 2)])
+def test_a_rank_works_on_no_more_tasks_than_a_step_has(tasks: int, at_once: object, together: int) -> None:
+    own = [f"outer.tasks={tasks}", f"outer.tasks_at_once={at_once}"]
+    assert load(ROOT / "recipes/smoke.yaml", own).outer.together == together

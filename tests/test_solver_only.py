@@ -174,7 +174,9 @@ def test_held_out_problems_are_answered_without_update_alone(tmp_path: Path) -> 
     verifier: Any = dataclasses.make_dataclass("V", [])()
     verifier.verify = lambda solution, task: Verdict(float(task.problem.id == "p1"), "right")
     found = heldout.evaluate(kit, TASKS, {"t"}, verifier, batch=2)
-    assert set(found) == {"heldout/none", "time/evaluate"} and found["heldout/none"] == pytest.approx(1 / 3)
+    assert set(found) == {"heldout/none", "heldout/failures", "time/evaluate"} and found[
+        "heldout/none"
+    ] == pytest.approx(1 / 3)
     for method in ("quest", "mass", "ttrl"):
         with pytest.raises(
             MassError, match=f"{method} updates, and inner.steps=0 .* inner.steps=1 or more, or .*none"

@@ -328,4 +328,3 @@ def test_an_evaluation_while_training_takes_no_more_at_once_than_training_does(
     own = [str(recipe), f"run.folder={tmp_path}", "outer.steps=1", "evaluate.every=1", "evaluate.problems=4"]
     less = [*own, "outer.tasks=4", "outer.tasks_at_once=3", "run.name=less"]
     ranks("test_train_equal:evaluated", less, [3, 3]).good()
-    ranks("test_train_equal:evaluated", [*own, "outer.tasks=2", "outer.tasks_at_once=3"], [2, 2]).good()
