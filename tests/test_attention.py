@@ -15,10 +15,10 @@ from mass import attention, blocks, forward
 from mass.batch import Packed, Sequence, pack
 
 
-def ragged(share: bool) -> Packed:
-    """Two tasks; lengths of several sizes of tile, one sequence absent."""
+def ragged(share: bool, *more: int) -> Packed:
+    """Two tasks; lengths of several sizes of tile, one sequence absent. `more`: lengths of both tasks."""
     head = list(range(3, 23)) if share else []
-    lengths = [[5, 30, 9, 17], [40, 3, 12]]
+    lengths = [[5, 30, 9, 17, *more], [40, 3, 12, *more]]
     tasks: list[list[Sequence | None]] = [
         [Sequence([*head, *range(100, 100 + n)], len(head) + 1) for n in own] for own in lengths
     ]
@@ -65,6 +65,33 @@ def test_tiles_give_what_whole_rows_give(share: bool, written_out: bool, additiv
     by_got, by_want = (torch.autograd.grad((x * keep).square().sum(), (q, k, v)) for x in (got, want))
     for a, b in zip(by_got, by_want, strict=True):
         assert torch.allclose(a, b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("written_out", [False, True])
+def test_what_is_not_finite_stays_in_its_own_task(share: bool, written_out: bool, bad: int) -> None:
+    """A tile's padding is taken from nobody: a NaN there would get through the mask, and back."""
+    # lengths that are nearly those of others share a tile with them
+    packed = ragged(share, 31, 13)
+    assert packed.tiles is not None and any((key < 0).any() for _, key in packed.tiles.groups)
+    tasks, rows, _ = packed.tokens_TPS.shape
+    own = torch.arange(tasks).repeat_interleave(rows) == bad
+    keep = (seen(packed) & ~own.unsqueeze(1))[:, None, :, None]
+
+    def run(value: float) -> tuple[Tensor, ...]:
+        leaves = [heads(packed, 2, seed) for seed in range(3)]
+        for x in leaves:
+            x[own] *= value
+            x.requires_grad_()
+        with attention.Tiled(packed.tiles, written_out):
+            out = F.scaled_dot_product_attention(*leaves, attn_mask=whole_mask(packed), scale=0.3)
+        others = out.masked_fill(~keep, 0.0)
+        grads = torch.autograd.grad(out.square().sum(), leaves)
+        return others, *(g.masked_fill(~keep, 0.0) for g in grads)
+
+    for got, want in zip(run(torch.nan), run(1.0), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("share", [False, True])
