@@ -45,9 +45,9 @@ demo: env
 	deepspeed launch/meta_train.py recipes/demo.yaml run.resume=auto
 	mass-adapt --run checkpoints/demo --problem "State the final answer to the following arithmetic problem: 4 + 5 ="
 
-# a file's tests stay in one process: they share runs and models
+# a file's tests stay in one process: they share runs and models; files in the order of tests/conftest.py
 test: lint
-	python -m pytest -n 2 --dist loadfile
+	python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: env
 	ruff check .
