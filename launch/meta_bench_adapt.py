@@ -19,6 +19,7 @@ from transformers import GenerationConfig
 from mass import lora
 from mass.batch import Sequence
 from mass.choices import Kit, shots_for
+from mass.errors import MassError
 from mass.kit import build_kit
 from mass.methods import Record, solve
 from mass.practice import seed_of, solve_sequence
@@ -159,6 +160,11 @@ def build(case: Row) -> tuple[Kit, list[Problem]]:
         case["model"],
         [*SETTINGS, "model.dtype=fp32", "inner.checkpoint=false", *own, *case["settings"]],
     )
+    i = wanted.recipe.inner
+    if i.optimizer != "sgd" or i.momentum:
+        raise MassError(
+            f"--set inner.optimizer={i.optimizer} inner.momentum={i.momentum}: the script's update is plain SGD, and another is no comparison"
+        )
     kit = build_kit(wanted)
     p = wanted.recipe.problems
     tasks = load_tasks(p.train, size=p.size, gym=p.gym, seed=wanted.recipe.run.seed)

@@ -139,7 +139,7 @@ def _arm(name: str, wanted: Plan, overrides: Sequence[str], own: tuple[str | Non
     if budget is not None and budget < least:
         raise MassError(f"a budget of {budget} is less than generate.answer_tokens={least}: raise it")
     # of which source the problems are is looked at where they are there
-    found.method(match["method"], has_truth=True, bare=bare)
+    found = found.of_method(match["method"], has_truth=True, bare=bare)
     return Arm(name, found, match["method"], bare)
 
 

@@ -143,17 +143,26 @@ def load(folder: Path, layers: Layers, fingerprint: str | None = None) -> Conten
     """Read a step folder, or the newest of a run, after verifying every file of it.
 
     `layers` are those of the base model, without which an adapter means nothing; `fingerprint` is the base's.
-    Raises MassError that names the bad file and the newest good step, or says that the base is another one.
+    Raises MassError that names the bad file and the newest good step, says that the base is another one, or that a run
+    which goes on has dropped the step meanwhile.
     """
     step = _step_in(Path(folder))
-    verify(step)
-    meta = read_meta(step)
-    saved = meta.get("fingerprint")
-    if fingerprint is not None and saved is not None and saved != fingerprint:
+    try:
+        verify(step)
+        meta = read_meta(step)
+        saved = meta.get("fingerprint")
+        if fingerprint is not None and saved is not None and saved != fingerprint:
+            raise MassError(
+                f"{step} was made on another base model: {meta['base']}. Set model.path to that model"
+            )
+        return stepfolder.read(step, layers)
+    except (MassError, OSError, SafetensorError):
+        if step.exists():
+            raise
         raise MassError(
-            f"{step} was made on another base model: {meta['base']}. Set model.path to that model"
-        )
-    return stepfolder.read(step, layers)
+            f"{step} has gone since it was chosen: its run has saved newer steps and keeps the newest save.keep of them. "
+            "Make the same call again, or raise save.keep"
+        ) from None
 
 
 def step_of(folder: Path) -> Path:

@@ -47,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         except MassError as error:
             print(f"mass-adapt fit: {error}", file=sys.stderr)
             return 2
+        except KeyboardInterrupt:
+            return 130
     args = _parser().parse_intermixed_args(words)
     # libraries may print: standard output is for the answers alone
     out = sys.stdout
@@ -134,7 +136,7 @@ def _run(args: argparse.Namespace, out: IO[str]) -> None:
     wanted = plan(args.run, args.model, [*device, *overrides])
     wanted = dataclasses.replace(wanted, budget=args.budget, teacher=args.teacher)
     method = args.method or wanted.default_method
-    wanted.method(method)
+    wanted = wanted.of_method(method)
     least = wanted.recipe.generate.answer_tokens
     if args.budget is not None and args.budget < least:
         raise MassError(

@@ -161,8 +161,9 @@ def _run(args: argparse.Namespace, words: Sequence[str]) -> dict[str, Any] | Non
     share.leave()
     if not whole:
         return None
-    # the process that is left does the rest: one, where several find all answers there at the same time
-    with _claimed(folder) as ours:
+    # the process that is left does the rest: one, where several find all answers there at the same time; another call's
+    # report (its --credit may take long) is waited for
+    with _claimed(folder, wait=share.size == 1) as ours:
         return _measured(args, words, wanted, chosen, problems, some, folder) if ours else None
 
 
@@ -188,7 +189,7 @@ def _measured(
         "problems": len(problems.tasks),
         "left_out": problems.left_out,
         "repeated": problems.repeated,
-        **tally.results(rows, problems.trained, args.count),
+        **tally.results(rows, lambda row: row["source"] in problems.trained, args.count),
         "credit": attribution.summary(credit) if credit else None,
         "learning": curves.read(wanted.step) if wanted.step else {},
     }
@@ -238,16 +239,19 @@ def _usable_folder(folder: Path, resume: bool) -> Path:
 
 
 @contextlib.contextmanager
-def _claimed(folder: Path) -> Iterator[bool]:
-    """Whether no other process holds this folder; as long as the context lasts it is ours."""
+def _claimed(folder: Path, wait: bool) -> Iterator[bool]:
+    """Whether no other process holds this folder; as long as the context lasts it is ours. `wait`: until it is."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            yield False
-        else:
-            yield True
+            if not wait:
+                yield False
+                return
+            _say(f"another call is at its report in {folder}: waiting for it")
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield True
     finally:
         os.close(handle)
 

@@ -60,7 +60,15 @@ def groups(results: Mapping[str, Any]) -> list[tuple[str, int, dict[str, int]]]:
     are more than a plot can hold."""
     sources = results["sources"]
     if len(sources) <= SOURCES:
-        return [(x["source"], x["problems"], x["right"]) for x in sources]
+        # in a pool a source may have training problems in one run and none in another
+        both = {x["source"] for x in sources if x["trained"]} & {
+            x["source"] for x in sources if not x["trained"]
+        }
+        told = {True: " (trained on)", False: " (not trained on)"}
+        return [
+            (x["source"] + (told[x["trained"]] if x["source"] in both else ""), x["problems"], x["right"])
+            for x in sources
+        ]
     found = []
     for trained, name in ((True, "sources trained on"), (False, "sources not trained on")):
         some = [x for x in sources if x["trained"] is trained]

@@ -88,7 +88,7 @@ class MassLM(LM):
             plan(None if run is None else str(run), model, overrides), budget=budget, teacher=teacher
         )
         self.method = method or wanted.default_method
-        wanted.method(self.method)
+        wanted = wanted.of_method(self.method)
         self.batch = BATCH if automatic else int(batch_size)
         torch.set_num_threads(wanted.recipe.run.threads)
         # what the harness writes beside its numbers

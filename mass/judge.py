@@ -93,13 +93,15 @@ def _forbid(event: str, args: tuple[Any, ...]) -> None:
     # eval with the builtins in reach. The plain ways to disk, network and shell are barred, which is what a model's text may
     # stumble on. It is no sandbox: who means to get out does (the true fork_exec is in reach, some C code asks no hook).
     if event == "open":
-        if not (isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
+        if not (isinstance(args[2], int) and args[2] & _WRITING):
             return
     elif not event.startswith(_FORBIDDEN) or event in ("os.listdir", "os.scandir", "os.walk"):
         return
     raise PermissionError(f"{event} is not allowed while an answer is judged")
 
 
+# a file that is opened to be read can be emptied by it
+_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 _FORBIDDEN = (
     "os.",
     "subprocess.",

@@ -133,8 +133,9 @@ def lent(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[No
 
 def _teacher(r: Recipe, name: str, tokenizer: PreTrainedTokenizerBase) -> Teacher:
     sampling = example_sampling(r)
-    if name.startswith(("http://", "https://")):
-        return teacher.address(name, tokenizer, sampling, r.knobs.teacher_seconds)
+    there = teacher.endpoint(name)
+    if there:
+        return teacher.address(*there, tokenizer, sampling, r.knobs.teacher_seconds)
     m = r.model
     other = language_model(name, None, dtype=m.dtype, device=m.device, cache=m.cache, attention=m.attention)
     check_model(other.hf)

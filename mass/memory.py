@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -26,6 +25,7 @@ from mass.batch import Packed
 from mass.blocks import Split
 from mass.errors import MassError
 from mass.forward import example_loss, loss_and_grad, reference_states
+from mass.free import free_bytes
 from mass.inner import Step
 from mass.lora import Adapter, Layers, LoraShape
 from mass.optimizers import Rule
@@ -259,8 +259,11 @@ def choose(
     `parts` None: the blocks were not found, so reverse is the only one. `checkpoint`: first-order passes recompute
     anyhow (inner.checkpoint). `policy`, `with_kl`, `loops`: as for `predict`. Raises MassError when none fits. Takes seconds, so it belongs to a run's start.
     """
-    limit = memory_gb * 1e9 if memory_gb is not None else free_bytes(next(hf.parameters()).device) / ranks
-    whose = "meta_gradient.memory_gb" if memory_gb is not None else "free"
+    if memory_gb is not None:
+        limit, whose = memory_gb * 1e9, "meta_gradient.memory_gb"
+    else:
+        free, whose = free_bytes(next(hf.parameters()).device)
+        limit = free / ranks
     tried: list[str] = []
     least = float("inf")
     seen: dict[bool, int] = {}
@@ -288,14 +291,6 @@ def choose(
         f"Raise meta_gradient.memory_gb to {least / 1e9:.2f}, or lower outer.tasks, outer.micro_rows, generate.examples or "
         "generate.max_new_tokens, or take meta_gradient.mode=finite_difference with inner.checkpoint=true."
     )
-
-
-def free_bytes(device: torch.device) -> float:
-    """Memory that can still be had: of a CUDA device what is free and what PyTorch keeps unused, else of the machine."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return float(torch.cuda.mem_get_info(device)[0] + unused)
-    return float(psutil.virtual_memory().available)
 
 
 def _first_order(

@@ -142,7 +142,11 @@ def make(recipe: Recipe, ranks: int, engines: Collection[str] = tuple(ENGINES)) 
         # text is generated with the base gathered for every token, or once for all
         # with an inner loop answers are drawn before and after it
         draws = (2 if i.steps else 1) * (G > 1)
-        texts = bool(i.steps) + draws if r.zero.hold_base else new + draws * answer
+        # rows that do not fit wait for others to end
+        rounds, answer_rounds = (-(-T * count // r.generate.batch_rows) for count in (N, G))
+        texts = rounds * new + draws * answer_rounds * answer
+        if r.zero.hold_base:
+            texts = bool(i.steps) + draws
         gradients = 5 * i.steps + 8 if i.steps else 2 + _has_kl(r)
         passes = T_parts * (texts + gradients)
         sent["base, gathered"] = base * passes * (ranks - 1) / ranks

@@ -6,7 +6,7 @@ different folders are different problems, also where their texts are the same.
 
 import json
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +45,21 @@ def pooled(folders: Sequence[Path], count: str = tally.COUNTS[0]) -> dict[str, A
             raise MassError(
                 f"--pool: {name} and {names[0]} have answers to other problems: evaluate them again"
             )
-    trained = sorted({x["source"] for other in found for x in other["sources"] if x["trained"]})
+    # a source of one world may have training problems in another: each folder knows its own
+    of_folder = {
+        label: {x["source"] for x in other["sources"] if x["trained"]}
+        for label, other in zip(labels, found, strict=True)
+    }
+
+    def trained(row: Mapping[str, Any]) -> bool:
+        return row["source"] in of_folder[row["folder"]]
+
     numbers = tally.results({name: _rows(folders, labels, name) for name in names}, trained, count)
+    # an arm of which one folder has no last numbers is counted by what is stated in all of them
+    stated = [arm["arm"] for arm in numbers["arms"] if arm["by_last_number"] is None]
     # counted again: a folder's report may count otherwise
     alone = [
-        tally.results({name: _rows([folder], [label], name) for name in names}, trained, count)
+        tally.results({name: _rows([folder], [label], name) for name in names}, trained, count, stated)
         for folder, label in zip(folders, labels, strict=True)
     ]
     accuracy = [{arm["arm"]: arm["accuracy"] for arm in own["arms"]} for own in alone]
@@ -102,7 +112,7 @@ def _rows(folders: Sequence[Path], labels: Sequence[str], arm: str) -> Iterator[
         if not path.is_file():
             raise MassError(f"--pool: {path} is missing. Answer it again: mass-eval --resume --out {folder}")
         for row in filerun.rows(path):
-            yield row | {"id": f"{label}/{row['id']}"}
+            yield row | {"id": f"{label}/{row['id']}", "folder": label}
 
 
 def _labels(folders: Sequence[Path]) -> list[str]:

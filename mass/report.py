@@ -59,4 +59,5 @@ def peak_gb(device: torch.device) -> float:
     """Most memory held so far, GB: of the GPU where the run is on one, else resident memory of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    # Linux counts these in KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -16,7 +16,7 @@ TOKEN_VARIABLE = "MASS_TOKEN"
 
 
 def main(argv: Sequence[str]) -> int:
-    """`mass-adapt serve`. Returns the exit code: 0, or 2 for what the user has to mend."""
+    """`mass-adapt serve`. Returns the exit code: 0, 2 for what the user has to mend, or 130 after Ctrl-C."""
     args = _parser().parse_intermixed_args(argv)
     try:
         _run(args)
@@ -24,6 +24,8 @@ def main(argv: Sequence[str]) -> int:
     except MassError as error:
         print(f"mass-adapt: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -64,7 +66,7 @@ def _run(args: argparse.Namespace) -> None:
     )
     host, port = listening.getsockname()[:2]
     where = f"[{host}]" if ":" in host else host
-    print(f"mass-adapt: {name} at http://{where}:{port}/v1 (method {method}); Ctrl-C ends it", file=sys.stderr, flush=True)  # fmt: skip
+    print(f"mass-adapt: {name} at http://{where}:{port}/v1 (method {method}); Ctrl-C ends it when what is under way is answered, twice at once", file=sys.stderr, flush=True)  # fmt: skip
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=int(args.timeout) + 1)
     uvicorn.Server(config).run(sockets=[listening])
 

@@ -57,8 +57,10 @@ def save(
         )
         try:
             shots = run.folder / "shots.jsonl"
-            if not shots.exists():
-                write_atomic(shots, "".join(map(_shot, setting.pool)))
+            text = "".join(map(_shot, setting.pool))
+            # a start that ended before its first step may have left those of another recipe
+            if not shots.exists() or shots.read_bytes() != text.encode():
+                write_atomic(shots, text)
             checkpoint.save(run, step, contents, recipe.save.keep)
         except (MassError, OSError) as error:
             failure = [

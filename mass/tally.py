@@ -6,7 +6,7 @@ Takes the files of answers alone, so that a table can be made again without any 
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,19 +24,23 @@ COUNTS = ("stated", "last-number")
 
 
 def results(
-    files: Mapping[str, Iterable[Mapping[str, Any]]], trained: Sequence[str] = (), count: str = COUNTS[0]
+    files: Mapping[str, Iterable[Mapping[str, Any]]],
+    trained: Callable[[Mapping[str, Any]], bool] = lambda row: False,
+    count: str = COUNTS[0],
+    stated: Collection[str] = (),
 ) -> dict[str, Any]:
     """`arms`, `comparisons` and `sources` of the rows of each arm, all in the order of the same problems, and `count`.
 
-    `trained`: sources that have training problems. A problem is right when its verifier gives the full score; one
+    `trained`: whether a row's source has training problems of its run. A problem is right when its verifier gives the full score; one
     without an answer or without a verdict is not. With count="last-number" it is right when the last number in its
     answer's text is the reference; scores, tries and votes stay as they are, and so does a problem whose reference is no number.
-    An arm that chose among tries none of which states an answer (a vote, say) stays as it is too, and is in no comparison.
+    An arm that chose among tries none of which states an answer (a vote, say) stays as it is too, and is in no comparison;
+    so does an arm of `stated`.
     """
     arms, right, states = [], {}, {}
-    source_P: list[str] = []
+    source_P: list[tuple[str, bool]] = []
     for name, rows in files.items():
-        arm, right[name], states[name], source_P = _arm(name, rows, count)
+        arm, right[name], states[name], source_P = _arm(name, rows, trained, count, name in stated)
         arms.append(arm)
     written = [arm["arm"] for arm in arms if arm["states_answer"]]
     # arms that are all counted alike
@@ -50,25 +54,29 @@ def results(
         "sources": [
             {
                 "source": source,
-                "trained": source in trained,
+                "trained": has_trained,
                 "problems": size,
                 "right": {name: int(right_P[of_source].sum()) for name, right_P in right.items()},
                 "states_answer": {
                     name: _states_answer(states[name][of_source], right[name][of_source]) for name in written
                 },
             }
-            for source, size in sorted(Counter(source_P).items(), key=lambda x: (-x[1], x[0]))
-            for of_source in [np.array([x == source for x in source_P], bool)]
+            for (source, has_trained), size in sorted(Counter(source_P).items(), key=lambda x: (-x[1], x[0]))
+            for of_source in [np.array([x == (source, has_trained) for x in source_P], bool)]
         ],
     }
 
 
 def _arm(
-    name: str, rows: Iterable[Mapping[str, Any]], by: str
-) -> tuple[dict[str, Any], np.ndarray, np.ndarray, list[str]]:
+    name: str,
+    rows: Iterable[Mapping[str, Any]],
+    trained: Callable[[Mapping[str, Any]], bool],
+    by: str,
+    stated: bool,
+) -> tuple[dict[str, Any], np.ndarray, np.ndarray, list[tuple[str, bool]]]:
     right: list[bool] = []
     last: list[bool | None] = []
-    sources: list[str] = []
+    sources: list[tuple[str, bool]] = []
     tries: list[tuple[int, int]] = []
     rules: list[Mapping[str, bool | None]] = []
     count: Counter[str] = Counter()
@@ -82,7 +90,7 @@ def _arm(
     for row in rows:
         right.append(row["score"] == 1.0)
         last.append(ends_with_number(row["solution"], row["reference"]))
-        sources.append(row["source"])
+        sources.append((row["source"], trained(row)))
         # answers of an earlier version have none
         scores_of = row.get("tries", [])
         undecided += bool(scores_of) and row["answer"] is None and not row["solution"]
@@ -118,7 +126,7 @@ def _arm(
         count["honest"] += sum(x[2] is True for _, x in known)
     P = len(right)
     # a choice among tries by the answers that they state has no text where none of them states one
-    last = [None] * P if undecided else last
+    last = [None] * P if undecided or stated else last
     last_P = np.array([whole if x is None else x for x, whole in zip(last, right, strict=True)], bool)
     right_P, states_P = np.array(right, bool) if by == COUNTS[0] else last_P, np.array(states, int)
     seconds = sum(total[part] for part in SECONDS) / P

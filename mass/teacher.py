@@ -59,18 +59,25 @@ def local(
     return write
 
 
-def address(url: str, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, seconds: float) -> Teacher:
-    """An OpenAI-compatible server: URL#MODEL, the URL up to /v1. No example takes longer than `seconds`.
-
-    `tokenizer` is the student's: it counts the tokens that were written. Raises MassError for what is no such address.
-    """
-    base, _, model = url.partition("#")
-    parts = urlsplit(base)
-    if parts.scheme not in ("http", "https") or not parts.hostname or not model:
+def endpoint(name: str) -> tuple[str, str] | None:
+    """(where to ask, the model's name there) of an address; None for a local model. Raises MassError for half an address."""
+    if not name.startswith(("http://", "https://")):
+        return None
+    base, _, model = name.partition("#")
+    if not urlsplit(base).hostname or not model:
         raise MassError(
-            f"--teacher {url}: an address is written http://HOST:PORT/v1#MODEL, with the model's name there"
+            f"--teacher {name}: an address is written http://HOST:PORT/v1#MODEL, with the model's name there"
         )
-    where = f"{base.rstrip('/')}/chat/completions"
+    return f"{base.rstrip('/')}/chat/completions", model
+
+
+def address(
+    where: str, model: str, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, seconds: float
+) -> Teacher:
+    """An OpenAI-compatible server, as `endpoint` names it. No example takes longer than `seconds`.
+
+    `tokenizer` is the student's: it counts the tokens that were written.
+    """
 
     def write(targets: Seq[str], shots: Seq[Shots], seeds: Seq[Seq[int]]) -> list[list[Written]]:
         jobs: Queue[tuple[int, int, dict[str, Any]]] = Queue()

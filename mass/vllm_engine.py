@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-import psutil
 import torch
 from filelock import FileLock, Timeout
 
 from mass import lora
 from mass.cache import first_line
 from mass.errors import MassError
+from mass.free import free_bytes
 from mass.generate_hf import plain_settings
 from mass.model import quiet, save
 
@@ -172,7 +172,7 @@ def _check_memory(lm: "LanguageModel", cache: int) -> None:
     if lm.device.type != "cpu":
         return
     # the files and vLLM's own copy
-    need, free = cache + 2 * _base_bytes(lm), psutil.virtual_memory().available
+    need, free = cache + 2 * _base_bytes(lm), free_bytes(lm.device)[0]
     if need > free:
         raise MassError(
             f"generate.engine=vllm needs {need / 2**30:.1f} GiB, {cache / 2**30:.1f} of them for keys and values, and "

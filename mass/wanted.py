@@ -4,7 +4,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import yaml
 from transformers import PreTrainedModel
 
 from mass import checkpoint, chooser, recipe
+from mass.choices import teacher_made
 from mass.errors import MassError
 from mass.lora import read_peft_shape
 from mass.methods import AUTO, Method, check, find
@@ -21,6 +22,7 @@ from mass.recipe import Recipe
 from mass.rows import as_object, json_lines
 from mass.sources import load_named
 from mass.splits import draw_pool
+from mass.teacher import endpoint
 
 # what a saved adapter and scorer were made with
 FIXED = ("lora.", "scorer.layers", "scorer.hidden", "scorer.pool")
@@ -79,7 +81,14 @@ class Plan:
             answer_tokens=r.generate.answer_tokens,
             fitted=fitted,
         )
+        if row.examples is teacher_made and self.teacher:
+            endpoint(self.teacher)
         return row
+
+    def of_method(self, name: str, *, has_truth: bool = False, bare: bool = False) -> "Plan":
+        """This plan for one method alone: without a teacher where the method asks none. Raises what `method` raises."""
+        row = self.method(name, has_truth=has_truth, bare=bare)
+        return self if row.examples is teacher_made else replace(self, teacher=None)
 
 
 def plan(

@@ -43,6 +43,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "evaluate.problems=4",
         "log.tensorboard=false",
         "log.samples_every=0",
+        "meta_gradient.mode=reverse",
     ]
     environment = clean_environment() | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)

@@ -10,6 +10,7 @@ import torch
 from saves import assert_same, begin, contents, hidden, make_layers, names
 from torch import nn
 
+from mass import checkpoint
 from mass.checkpoint import fingerprint, load, newest_good, save, step_of
 from mass.errors import MassError
 from mass.stepfolder import FILES
@@ -134,6 +135,23 @@ def test_foreign_folders_are_refused(tmp_path):
     shutil.rmtree(step)
     with pytest.raises(MassError, match="has no good save: choose another run.name"):
         load(run.folder, make_layers())
+
+
+def test_a_step_that_its_run_has_dropped_meanwhile_is_named(tmp_path, monkeypatch):
+    """A run goes on while another process loads a model for one of its steps: before it looks at the files, or just then."""
+    run = begin(tmp_path)
+    step = save(run, 10, contents(), keep=1)
+
+    def drop(*args):
+        save(run, 20, contents(), keep=1)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "verify", drop)
+        with pytest.raises(MassError, match="step_000010 has gone since it was chosen.*same call again"):
+            load(step, make_layers())
+    with pytest.raises(MassError, match="step_000010 has gone since it was chosen"):
+        load(step, make_layers())
+    assert load(run.folder, make_layers()).meta["step"] == 20
 
 
 def test_another_base_is_refused(tmp_path):

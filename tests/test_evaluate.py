@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import threading
 from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
@@ -356,6 +357,26 @@ def test_nothing_is_loaded_when_nothing_is_left(
     assert (done / "mass.jsonl").read_bytes() == b"".join(lines)
     assert evaluate.main([*argv, "--methods", "mass", "inner.lr=1"]) == 2
     assert "other settings" in capsys.readouterr().err
+
+
+def test_another_call_s_report_is_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A process of the same call leaves the table to the one that is at it; a call of its own makes its table afterwards."""
+    with evaluate._claimed(tmp_path, wait=False) as ours:
+        assert ours
+        with evaluate._claimed(tmp_path, wait=False) as second:
+            assert not second
+        held = threading.Event()
+
+        def other() -> None:
+            with evaluate._claimed(tmp_path, wait=True) as later:
+                assert later
+                held.set()
+
+        waiting = threading.Thread(target=other)
+        waiting.start()
+        assert not held.wait(0.3)
+    waiting.join(20)
+    assert held.is_set() and f"another call is at its report in {tmp_path}" in capsys.readouterr().err
 
 
 def test_bad_input_is_a_sentence_before_any_model_is_loaded(

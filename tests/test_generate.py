@@ -23,7 +23,7 @@ def reference(lm: Any, prompt: Sequence[int], new: int) -> list[int]:
 @pytest.mark.parametrize("kind", MODELS)
 def test_greedy_is_hugging_face_s_token_by_token(kind: str) -> None:
     lm = build(kind)
-    prompts = some_prompts(64 if kind in ("llama", "qwen3", "gemma3") else 16)
+    prompts = some_prompts(32 if kind in ("llama", "qwen3", "gemma3") else 16)
     seeds = [0] * len(prompts)
     want = [reference(lm, prompt, 20) for prompt in prompts]
     assert sum(len(set(row)) > 5 for row in want) > len(want) // 2
@@ -31,7 +31,7 @@ def test_greedy_is_hugging_face_s_token_by_token(kind: str) -> None:
     assert tokens(generate(lm, prompts, seeds=seeds, **settings)) == want
     # few places: rows join while others are under way
     assert tokens(generate(lm, prompts, seeds=seeds, batch_rows=5, **settings)) == want
-    for prompt, row in zip(prompts, want, strict=True):
+    for prompt, row in zip(prompts[::4], want[::4], strict=True):
         assert tokens(generate(lm, [prompt], seeds=[0], **settings)) == [row]
 
 
@@ -39,14 +39,14 @@ def test_greedy_is_hugging_face_s_token_by_token(kind: str) -> None:
 def test_greedy_with_adapters_is_hugging_face_s(kind: str) -> None:
     lm = build(kind)
     adapters = some_adapters(lm, 4)
-    prompts = some_prompts(64)
+    prompts = some_prompts(32)
     draw = random.Random(1)
     index = [draw.randrange(4) for _ in prompts]
     want = []
     for prompt, which in zip(prompts, index, strict=True):
         with lora.using(lm.lora, lora.select(adapters, [which])):
             want.append(reference(lm, prompt, 12))
-    settings: dict[str, Any] = {"seeds": [0] * 64, "max_new_tokens": 12, "temperature": 0.0}
+    settings: dict[str, Any] = {"seeds": [0] * 32, "max_new_tokens": 12, "temperature": 0.0}
     base = tokens(generate(lm, prompts, **settings))
     got = tokens(generate(lm, prompts, adapter=adapters, adapter_index=index, **settings))
     assert got == want != base
@@ -54,13 +54,13 @@ def test_greedy_with_adapters_is_hugging_face_s(kind: str) -> None:
         tokens(generate(lm, prompts, adapter=adapters, adapter_index=index, batch_rows=4, **settings)) == want
     )
     settings["seeds"] = [0]
-    for prompt, which, row in zip(prompts, index, want, strict=True):
+    for prompt, which, row in list(zip(prompts, index, want, strict=True))[::4]:
         assert tokens(generate(lm, [prompt], adapter=adapters, adapter_index=[which], **settings)) == [row]
-    settings["seeds"] = [0] * 64
+    settings["seeds"] = [0] * 32
     # without an index: the first quarter uses the first adapter, and so on
     parts = tokens(generate(lm, prompts, adapter=adapters, **settings))
     assert parts == tokens(
-        generate(lm, prompts, adapter=adapters, adapter_index=[i // 16 for i in range(64)], **settings)
+        generate(lm, prompts, adapter=adapters, adapter_index=[i // 8 for i in range(32)], **settings)
     )
 
 
@@ -236,7 +236,7 @@ def test_memory_stays_flat_over_many_batches(llama: Any) -> None:
     for seed in range(5):
         batch(seed)
     before = held()
-    for seed in range(500):
+    for seed in range(100):
         batch(seed)
     assert held() <= before
 

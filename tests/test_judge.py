@@ -118,12 +118,15 @@ def test_a_stopped_worker_is_a_timeout_and_the_next_answer_is_judged(fake_gym):
 
 
 def test_a_model_text_that_a_scorer_evaluates_reaches_no_file_and_no_shell(fake_gym):
-    target = fake_gym / "written"
+    target, kept = fake_gym / "written", fake_gym / "kept"
+    kept.write_text("kept")
     with Verifier() as verifier:
         assert judged(verifier, "eval", "1 - 0").status == "right"
         for code in (
             f"__import__('os').system('touch {target}')",
             f"open('{target}', 'w')",
+            # to read, and emptied by it
+            f"__import__('os').open('{kept}', {os.O_RDONLY | os.O_TRUNC})",
             f"__import__('pathlib').Path('{target}').touch()",
             f"__import__('subprocess').run(['touch', '{target}'])",
             "__import__('socket').create_connection(('127.0.0.1', 9))",
@@ -136,7 +139,7 @@ def test_a_model_text_that_a_scorer_evaluates_reaches_no_file_and_no_shell(fake_
             assert verdict.status == "failed" and "PermissionError" in verdict.reason, verdict
         # what no audit event tells of can write nothing into a file
         assert judged(verifier, "eval", "__import__('resource').getrlimit(1) == (0, 0)").status == "right"
-    assert not target.exists()
+    assert not target.exists() and kept.read_text() == "kept"
 
 
 def test_a_package_that_breaks_on_import_names_the_extra(fake_gym):

@@ -116,12 +116,11 @@ def test_a_measured_peak_is_not_that_of_the_process_that_started_it() -> None:
     assert float(done.stdout) == pytest.approx(50e6, rel=0.2)
 
 
-@pytest.mark.parametrize("engine", ["reverse", "blockwise"])
-def test_the_policy_gradient_is_planned_for_where_it_is_the_largest_pass(engine: memory.Engine) -> None:
+def test_the_policy_gradient_is_planned_for_where_it_is_the_largest_pass() -> None:
     """Its batch is of one adapter, whose examples follow longer prompts than those that are learned from."""
     hf, parts = model()
     inner, last, long = batch(2), batch(2, examples=1), batch(2, tokens=400)
-    how: dict[str, Any] = {"engine": engine, "steps": 1}
+    how: dict[str, Any] = {"engine": "blockwise", "steps": 1}
     plain = memory.predict(hf, parts, SHAPE, inner, last, **how)
     for with_kl in (False, True):
         written = memory.predict(hf, parts, SHAPE, inner, last, policy=long, with_kl=with_kl, **how)
@@ -207,7 +206,7 @@ def test_memory_grows_with_steps_by_small_states_only() -> None:
     assert one.sweep < two.sweep, "the first step's Hessian product is not made"
 
 
-@pytest.mark.parametrize("architecture", ["qwen3", "gemma3", "gpt_neox"])
+@pytest.mark.parametrize("architecture", ["gemma3", "gpt_neox"])
 def test_other_architectures(architecture: str) -> None:
     hf, parts = model(architecture)
     for engine in ("reverse", "blockwise"):
@@ -233,7 +232,7 @@ def test_auto_takes_the_fastest_that_fits(monkeypatch: pytest.MonkeyPatch) -> No
         return memory.Peak(size * 10**9, 0, 0)
 
     monkeypatch.setattr(memory, "predict", made_up)
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 10e9)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: (10e9, "free"))
     taken = {}
     for limit in (8.5, 5.0, 3.0, None):
         choice = memory.choose(*args, steps=2, memory_gb=limit, ranks=2)

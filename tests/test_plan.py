@@ -67,6 +67,22 @@ def test_what_lies_in_main_memory_is_counted_there(tmp_path: Path) -> None:
     assert plan.make(recipe(tmp_path, "zero.stage=3"), 1, []).parts["gathered units"] == 0
 
 
+def test_rows_that_wait_for_others_gather_the_base_again(tmp_path: Path) -> None:
+    """Stage 3: 2 tasks with 3 examples of 16 tokens, and 4 answers of 8, before and after the update."""
+    own = ["zero.stage=3", "outer.loss=verifier", "outer.rollouts=4", "inner.steps=1"]
+
+    def passes(*overrides: str) -> float:
+        made = plan.make(recipe(tmp_path, *own, *overrides), 2, [])
+        return made.sent["base, gathered"] / (plan.make(recipe(tmp_path), 2, []).parts["base"] / 2)
+
+    # 6 and 8 rows at once, or in two and three rounds
+    roomy = passes("generate.batch_rows=8")
+    assert roomy == 16 + 2 * 8 + 5 + 8
+    assert passes("generate.batch_rows=3") - roomy == 16 + 2 * 2 * 8
+    held = passes("generate.batch_rows=8", "zero.hold_base=true")
+    assert held == passes("generate.batch_rows=3", "zero.hold_base=true") == 1 + 2 + 5 + 8
+
+
 def test_blocks_below_the_lowest_adapter_are_read_alone(tmp_path: Path) -> None:
     """One of two blocks: what a backward pass does not reach, by PyTorch's own count of a first-order pass."""
     work = {}

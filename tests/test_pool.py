@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mass import arms, compare, evaluate, pool, results, tally
+from mass import arms, compare, evaluate, figures, pool, results, tally
 from mass.errors import MassError
 
 ARMS = ("none", "quest", "mass[inner.steps=1]")
@@ -53,7 +53,7 @@ def save(folder: Path, seed: int, names: tuple[str, ...], right: Any, trained: l
         "problems": len(right[0]),
         "left_out": seed,
         "repeated": 1,
-        **tally.results(rows, trained),
+        **tally.results(rows, lambda row: row["source"] in trained),
     }
     results.write(folder, found)
     return folder
@@ -87,10 +87,15 @@ def test_a_pool_counts_every_problem_of_every_seed(folders: list[Path]) -> None:
     pair = next(x for x in found["comparisons"] if (x["arm"], x["against"]) == (ARMS[2], "none"))
     assert (pair["won"], pair["lost"]) == (2 + 2 + 2, 0) and pair["p"] == pytest.approx(2 / 2**6)
     assert next(x for x in found["comparisons"] if x["arm"] == "quest")["lost"] == 1
+    # only the second run has trained on "a": another's problems of that name are held out all the same
     assert [(x["source"], x["trained"], x["problems"]) for x in found["sources"]] == [
-        ("a", True, 5),
         ("b", False, 5),
+        ("a", False, 3),
+        ("a", True, 2),
     ]
+    mass = {x["trained"]: x["right"][ARMS[2]] for x in found["sources"] if x["source"] == "a"}
+    assert mass == {True: 1, False: 1 + 1 + 1}
+    assert [name for name, *_ in figures.groups(found)] == ["b", "a (not trained on)", "a (trained on)"]
 
 
 def test_the_spread_over_seeds(folders: list[Path]) -> None:
@@ -122,6 +127,24 @@ def test_a_pool_by_the_last_number(folders: list[Path]) -> None:
     assert {arm["arm"]: arm["right"] for arm in found["arms"]} == {name: sum(x) for name, x in wrong.items()}
     mass = next(x for x in found["seeds"]["arms"] if x["arm"] == ARMS[2])
     assert mass["mean"] == pytest.approx((0.25 + 0.25 + 0.0) / 3)
+
+
+def test_a_pool_counts_an_arm_alike_in_every_folder(tmp_path: Path) -> None:
+    """One folder's vote has a problem whose tries state nothing: there is no last number, so nowhere is it counted by one."""
+    own = [save(tmp_path / f"seed-{i}", i, ("none", "vote"), ([1, 0], [1, 1]), []) for i in range(2)]
+    for folder, silent in zip(own, (False, True), strict=True):
+        path = folder / arms.file_of("vote")
+        rows = [json.loads(line) | {"tries": [1.0, 0.0]} for line in path.read_text().splitlines()]
+        if silent:
+            rows[1] |= {"answer": None, "solution": "", "score": 0.0, "tries": [0.0, 0.0]}
+        path.write_text("".join(json.dumps(x) + "\n" for x in rows))
+    found = pool.pooled(own, "last-number")
+    assert {arm["arm"]: arm["accuracy"] for arm in found["arms"]} == {"none": 0.5, "vote": 0.75}
+    assert [x["accuracy"] for x in found["seeds"]["folders"]] == [
+        {"none": 0.5, "vote": 1.0},
+        {"none": 0.5, "vote": 0.5},
+    ]
+    assert next(x["mean"] for x in found["seeds"]["arms"] if x["arm"] == "vote") == 0.75
 
 
 def test_the_command_writes_one_report(

@@ -49,7 +49,7 @@ def test_a_table_from_rows_counted_by_hand() -> None:
         ],
         "mass": [first, second, row(1.0, "b"), row(1.0, "b")],
     }
-    found = tally.results(answers, trained=["a"])
+    found = tally.results(answers, trained=lambda row: row["source"] == "a")
     none, vote, mass = found["arms"]
     assert [arm["right"] for arm in found["arms"]] == [1, 2, 3] and mass["accuracy"] == 0.75
     assert mass["score"] == pytest.approx((1 + 0.5 + 1 + 1) / 4) and mass["interval"] == compare.interval(

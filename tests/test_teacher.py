@@ -15,14 +15,15 @@ import pytest
 from handmade import PLAIN
 from tiny import tiny_lm
 
-from mass import teacher
-from mass.choices import Kit
+from mass import command, teacher
+from mass.choices import Kit, Teacher
 from mass.errors import MassError
 from mass.generate import Rollout
 from mass.methods import METHODS, solve
 from mass.practice import Sampling
 from mass.problems import Problem
 from mass.prompts import make_prompts
+from mass.wanted import plan
 
 
 @pytest.fixture
@@ -67,6 +68,12 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, list[Any], di
     thread.join()
 
 
+def address(url: str, *rest: Any) -> Teacher:
+    there = teacher.endpoint(url)
+    assert there is not None
+    return teacher.address(*there, *rest)
+
+
 def test_teacher_at_an_address(kit: Kit, server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     url, asked, behave = server
     behave |= {
@@ -77,7 +84,7 @@ def test_teacher_at_an_address(kit: Kit, server: Any, monkeypatch: pytest.Monkey
         "torn": "broken",
     }
     monkeypatch.setenv("MASS_TEACHER_KEY", "sesame")
-    far = teacher.address(url, kit.lm.tokenizer, kit.writing, 0.5)
+    far = address(url, kit.lm.tokenizer, kit.writing, 0.5)
     open_gate = replace(METHODS["tt-d"], gate=None)
     monkeypatch.setitem(METHODS, "tt-d", open_gate)
     problems = [PLAIN, *(Problem(x, x) for x in ("slow one", "refused", "moved", "torn"))]
@@ -119,7 +126,7 @@ def test_what_an_address_did_not_give_says_why(kit: Kit, server: Any, what: str,
     if what == "away":
         with socket.create_server(("127.0.0.1", 0)) as free:
             url = f"http://127.0.0.1:{free.getsockname()[1]}/v1#big"
-    far = teacher.address(url, kit.lm.tokenizer, kit.writing, 10.0)
+    far = address(url, kit.lm.tokenizer, kit.writing, 10.0)
     ((one, other),) = far([PLAIN.text], [()], [[1, 2]])
     assert isinstance(one, str) and one == other and re.match(reason, one)
 
@@ -170,6 +177,18 @@ def test_teacher_that_is_a_model_writes_and_the_student_learns(
         MassError, match="tt-d has its examples from a stronger model: name it with --teacher"
     ):
         solve(kit, [PLAIN], "tt-d")
-    for wrong in ("http://x/v1", "http://#m", "ftp://x/v1#m"):
+
+
+def test_an_address_is_looked_at_before_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert teacher.endpoint("https://h:1/v1/#m") == ("https://h:1/v1/chat/completions", "m")
+    assert teacher.endpoint("some/model") is None
+    wanted = plan(None, "tiny:llama", [])
+    for wrong in ("http://x/v1", "http://#m"):
         with pytest.raises(MassError, match="an address is written http://HOST:PORT/v1#MODEL"):
-            teacher.address(wrong, kit.lm.tokenizer, kit.writing, 1.0)
+            replace(wanted, teacher=wrong).method("tt-d")
+    # a method that asks no teacher has none loaded
+    some = replace(wanted, teacher="some/model")
+    assert some.of_method("tt-d") == some and some.of_method("quest") == wanted
+    monkeypatch.setattr(command, "build_kit", lambda _: pytest.fail("loaded"))
+    words = ["--model", "tiny:llama", "--method", "tt-d", "--teacher", "http://x/v1", "--problem", "1 + 1"]
+    assert command.main(words) == 2
