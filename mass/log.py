@@ -28,6 +28,9 @@ from rich.text import Text
 from mass.errors import MassError
 from mass.tags import CHARTS, TAGS
 
+# of a step's time, in the order in which they are done (`time/gather` is within the others)
+PARTS = ("generate", "score", "inner", "meta", "outer", "left_out", "policy", "evaluate", "save")
+
 
 @dataclasses.dataclass(frozen=True)
 class SampleRow:
@@ -317,11 +320,11 @@ def _line_parts(values: Mapping[str, float]) -> Iterator[str]:
     if "scorer/effective_examples" in values:
         yield f"effective {values['scorer/effective_examples']:.1f}"
     if "time/step" in values:
-        parts = {
-            part: values.get(f"time/{part}") for part in ("generate", "inner", "meta", "outer", "left_out")
-        }
-        shown = ", ".join(f"{part} {value:.1f}" for part, value in parts.items() if value is not None)
-        yield f"{values['time/step']:.1f} s" + (f" ({shown})" if shown else "")
+        whole = values["time/step"]
+        parts = {part: values.get(f"time/{part}", 0.0) for part in PARTS}
+        # what is left out is too little to be looked at
+        shown = ", ".join(f"{part} {value:.1f}" for part, value in parts.items() if value >= 0.05 * whole > 0)
+        yield f"{whole:.1f} s" + (f" ({shown})" if shown else "")
 
 
 def _shorten(text: str, limit: int, encoding: str = "utf-8") -> str:

@@ -14,7 +14,7 @@ import torch
 from rich.cells import cell_len
 from rich.console import Console
 
-from mass import log
+from mass import log, tags
 from mass.distributed import World
 from mass.errors import MassError
 from mass.log import (
@@ -227,6 +227,16 @@ def test_line_in_a_file_is_one_plain_line_with_everything_on_it(tmp_path, monkey
     # 7 s a step on average, 8 steps left
     assert "solved 25% -> 50%" in second and second.endswith("ETA 0:00:56")
     assert "\x1b" not in out.getvalue()
+
+
+def test_line_shows_every_part_that_takes_a_twentieth_of_the_step(tmp_path):
+    run, out = run_log(tmp_path)
+    run.line(0, VALUES | {"time/policy": 3.0, "time/step": 12.0, "time/score": 0.5, "time/evaluate": 0.7, "time/gather": 9.0})  # fmt: skip
+    (line,) = out.getvalue().splitlines()
+    assert "12.0 s (generate 5.0, inner 1.0, meta 1.5, policy 3.0, evaluate 0.7) | ETA" in line
+    # a tag that is timed has its place on the line, or is no part of its own
+    timed = {tag.removeprefix("time/") for tag in tags.TAGS if tag.startswith("time/")}
+    assert timed == {*log.PARTS, "step", "gather"}
 
 
 def test_line_leaves_out_what_is_not_there_and_shows_nan(tmp_path):
