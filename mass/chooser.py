@@ -77,8 +77,10 @@ def fit(signal_PS: np.ndarray, right: Mapping[str, Seq[float]], budget: int, sam
         found = model.fit_regularized(alpha=RIDGE, L1_wt=0.0)
         coefficients[name] = tuple(float(x) for x in found.params)
         shares[name] = float(y[known].mean())
-    if not coefficients:
-        raise MassError(f"auto: no method could be used on {LEAST} of the problems")
+    if "none" not in coefficients:
+        raise MassError(
+            f"auto falls back on answers without update (none), and fewer than {LEAST} of them have a verdict: give more problems"
+        )
     return Chooser(
         budget, samples, len(signal_PS), tuple(mean.tolist()), tuple(scale.tolist()), coefficients, shares
     )

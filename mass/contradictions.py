@@ -161,6 +161,29 @@ def _in_training(r: Recipe) -> Iterator[tuple[str, str]]:
     if r.zero.offload == "all" and r.zero.stage < 3:
         text = f"zero.offload=all with zero.stage={r.zero.stage}: only the base of stage 3 is fetched as it is needed"
         yield "zero.offload zero.stage", f"{text}. Use zero.stage=3, or zero.offload=no."
+    if r.meta_gradient.one_sided and r.meta_gradient.mode in ("reverse", "blockwise"):
+        text = f"meta_gradient.one_sided=true with meta_gradient.mode={r.meta_gradient.mode}: only finite differences have sides"
+        yield "meta_gradient.one_sided meta_gradient.mode", f"{text}. Leave meta_gradient.one_sided out."
+    if r.outer.beta_check > 0 and r.outer.reward == "example":
+        text = f"outer.beta_check={r.outer.beta_check:g} with outer.reward=example: no token is left out of the reward"
+        yield (
+            "outer.beta_check outer.reward",
+            f"{text}. Use outer.reward=answer or solution, or leave it out.",
+        )
+    if r.problems.demonstrations > 0:
+        text = f"problems.demonstrations={r.problems.demonstrations}: training shows none, so that they would only be lost to it"
+        yield "problems.demonstrations", f"{text}. Leave it out here, and give it to mass-adapt or mass-eval."
     if r.outer.lr_policy == r.outer.lr_scorer == 0 and r.inner.learned_lr == "no":
         text = "outer.lr_policy=0 and outer.lr_scorer=0: nothing would be learned. Raise one of them."
         yield "outer.lr_policy outer.lr_scorer inner.learned_lr", text
+    elif (
+        r.inner.steps > 0
+        and r.outer.generator == r.outer.gamma == r.outer.lr_scorer == 0
+        and not r.outer.through_init
+        and r.inner.learned_lr == "no"
+    ):
+        yield (
+            "inner.steps outer.generator outer.gamma outer.lr_scorer outer.through_init inner.learned_lr",
+            "outer.generator=0, outer.gamma=0 and outer.through_init=false with outer.lr_scorer=0: the policy has no loss, so "
+            "nothing would be learned. Raise one of them, or use outer.through_init=true.",
+        )

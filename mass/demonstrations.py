@@ -13,7 +13,7 @@ from typing import Any
 
 from mass import grids
 from mass.errors import MassError
-from mass.rows import reference
+from mass.rows import content, reference
 
 Row = Any  # a parsed line, or the ValueError that says why it is none
 # not 30, as in the data set: a bound on what is read, and no rule of it
@@ -29,6 +29,11 @@ def pairs(row: Mapping[str, Any]) -> tuple[tuple[tuple[str, str], ...], bool]:
     """The demonstrations of a row, and whether all of them are grids. Raises ValueError for what is none."""
     try:
         items = row.get("demonstrations") or ()
+        # text is a sequence of letters, and a dict one of its keys
+        if not isinstance(items, list | tuple) or any(
+            not isinstance(item, list | tuple | dict) for item in items
+        ):
+            raise TypeError("no list of pairs")
         both = [(item["input"], item["output"]) if isinstance(item, dict) else item for item in items]
         shown = [(before, after) for before, after in both]
         given_as_grids = [isinstance(side, list) for pair in shown for side in pair]
@@ -112,8 +117,9 @@ def set_aside(
 ) -> list[tuple[int, Row]]:
     """The rows without the `count` of each `subject` that are set aside as demonstrations of its others.
 
-    Rows with demonstrations of their own stay as they are; rows without a subject are all of one. `names`: the columns of a
-    row. Raises MassError where a subject has too few rows with an answer.
+    Rows with demonstrations of their own stay as they are; rows without a subject are all of one. Rows of one content are
+    one problem: set aside together, and shown once. `names`: the columns of a row. Raises MassError where a subject has too
+    few problems with an answer.
     """
     listed = list(rows)
     if not count:
@@ -138,15 +144,17 @@ def set_aside(
     given: dict[int, list[tuple[str, str]]] = {}
     gone: set[int] = set()
     for subject, members in groups.items():
-        solved = [i for i in members if answer(i) is not None]
-        if len(solved) < count or len(members) <= count:
+        solved = {content(problem(i)): i for i in reversed(members) if answer(i) is not None}
+        distinct = {content(problem(i)) for i in members}
+        if len(solved) < count or len(distinct) <= count:
             name = f"subject {subject!r}" if subject else "this file"
             raise MassError(
                 f"{where}: problems.demonstrations={count} sets aside so many solved problems, and {name} has "
-                f"{len(solved)} with an answer among {len(members)}. Lower it."
+                f"{len(solved)} with an answer among {len(distinct)}. Lower it."
             )
-        drawn = sorted(solved, key=lambda i: _order(seed, problem(i)))[:count]
-        gone.update(drawn)
+        drawn = sorted(solved.values(), key=lambda i: _order(seed, problem(i)))[:count]
+        taken = {content(problem(i)) for i in drawn}
+        gone.update(i for i in members if content(problem(i)) in taken)
         shown = [(problem(i).strip(), str(answer(i))) for i in drawn]
         given |= {i: shown for i in members}
     return [

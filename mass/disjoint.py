@@ -8,7 +8,7 @@ from typing import NamedTuple
 from mass import checkpoint
 from mass.arms import Arm
 from mass.errors import MassError
-from mass.problems import Task, content_key
+from mass.problems import Task, content_key, task_key
 from mass.recipe import load as load_recipe
 from mass.sources import load_all, load_named
 from mass.splits import digest
@@ -55,7 +55,8 @@ def held_out(wanted: Plan, chosen: Sequence[Arm], *, made: bool, limit: int | No
         sources |= {task.source for task in own.train}
     if not wanted.step:
         shown = [source for source in recipe.problems.train if source]
-        for task in load_named(recipe, shown, recipe.problems.split, recipe.problems.size) if shown else []:
+        p = recipe.problems
+        for task in load_named(recipe, shown, p.split, p.size, p.weights) if shown else []:
             met.add(content_key(task.problem.text))
             sources.add(task.source)
     p = recipe.problems
@@ -63,8 +64,8 @@ def held_out(wanted: Plan, chosen: Sequence[Arm], *, made: bool, limit: int | No
         found = load_named(recipe, p.heldout or [], p.heldout_split, limit or p.heldout_size)
     else:
         found = load_all(recipe).heldout
-    distinct = {content_key(task.problem.text): task for task in reversed(found)}
-    tasks = [task for key, task in reversed(distinct.items()) if key not in met]
+    distinct = {task_key(task.problem): task for task in reversed(found)}
+    tasks = [task for task in reversed(distinct.values()) if content_key(task.problem.text) not in met]
     if not tasks:
         raise MassError(
             f"no problem is left of {len(found)}: the run has trained on all of them. Name others with --problems"

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mass.errors import MassError
+
 # DeepSpeed reads these when it is imported; a machine without accelerator needs the first to be asked for gloo.
 os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
 
@@ -33,6 +35,8 @@ def start(device: str = "auto", patience: float = 600.0) -> World:
 
     `patience`: seconds; no collective waits longer for a rank than this and a minute. Works under `deepspeed`, `torchrun` and plain `python`. On CPU the backend is gloo.
     """
+    if device.startswith("cuda") and (no_gpu := why_no_gpu()):
+        raise MassError(f"model.device={device}: {no_gpu}. Use model.device=auto or cpu")
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     for key, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
@@ -55,10 +59,24 @@ def start(device: str = "auto", patience: float = 600.0) -> World:
     if not dist.is_initialized():
         deepspeed.init_distributed(
             dist_backend="nccl" if on_cuda else "gloo",
-            timeout=timedelta(seconds=patience + 60),
+            timeout=longest_wait(patience),
             verbose=False,
         )
     return World(dist.get_rank(), dist.get_world_size(), chosen)
+
+
+def why_no_gpu() -> str | None:
+    """What keeps this process from a GPU; None where it can use one."""
+    if not torch.cuda.is_available():
+        return f"PyTorch {torch.__version__} finds no GPU here"
+    return (
+        "the variable DS_ACCELERATOR=cpu keeps to CPUs" if os.environ.get("DS_ACCELERATOR") == "cpu" else None
+    )
+
+
+def longest_wait(patience: float) -> timedelta:
+    """Of a collective: by then the watchdog has ended a run whose rank is late, and said why."""
+    return timedelta(seconds=patience + 60)
 
 
 def stop() -> None:

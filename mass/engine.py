@@ -6,6 +6,7 @@ engine those gradients, and reduction, sharding, clipping and the optimizer step
 """
 
 import json
+import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +25,9 @@ FOREIGN = {
     "scheduler": "outer.warmup",
     "fp16.enabled": "fp32 outer parameters, always",
     "bf16.enabled": "fp32 outer parameters, always (model.dtype is the base's)",
+    # its older name, which DeepSpeed still reads
+    "bfloat16.enabled": "fp32 outer parameters, always (model.dtype is the base's)",
+    "torch_autocast.enabled": "fp32 outer parameters, always",
     "amp.enabled": "fp32 outer parameters, always",
     "zero_optimization.offload_param": "zero.offload=all, which moves the base",
 }
@@ -182,8 +186,8 @@ class Outer:
     def step(self, gradients: Mapping[str, Tensor]) -> tuple[bool, dict[str, float]]:
         """One optimizer step on the mean over ranks of `gradients`.
 
-        Returns whether it was taken, and the norm of each group's mean gradient before clipping. Where the mean is not
-        finite, nothing is changed on any rank.
+        Returns whether it was taken, and the norm of each group's mean gradient before clipping. Where the mean or a
+        norm is not finite, nothing is changed on any rank.
         """
         gradients = mean_over_ranks(gradients)
         norms = {
@@ -191,7 +195,9 @@ class Outer:
             ** 0.5
             for group in self.lr
         }
-        if not all(torch.isfinite(g).all() for g in gradients.values()):
+        # a norm that overflows is DeepSpeed's reason to leave a step out, at some stages
+        finite = all(math.isfinite(norm) for norm in norms.values())
+        if not finite or not all(torch.isfinite(g).all() for g in gradients.values()):
             self.step_count += 1
             return False, norms
         for group in self.optimizer.param_groups:

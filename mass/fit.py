@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import math
 import sys
 from collections.abc import Sequence
@@ -13,10 +14,11 @@ from mass import chooser
 from mass.choices import Kit
 from mass.choices.signals import signals
 from mass.chooser import CANDIDATES, Chooser
+from mass.disjoint import held_out
 from mass.errors import MassError
 from mass.kit import build_kit
 from mass.methods import solve_drawn, usable
-from mass.problems import Task, load_tasks
+from mass.problems import Task
 from mass.rewards import Verifier
 from mass.wanted import plan
 
@@ -28,15 +30,17 @@ def fit(kit: Kit, tasks: Sequence[Task], batch: int = 8, samples: int = SAMPLES)
     """Answer every task by every method that `auto` can choose, under kit.budget, and regress what came out right."""
     if kit.budget is None:
         raise MassError("auto is fitted under a budget: --budget TOKENS")
+    # one that does not fit the model's context teaches nothing
+    tasks = [task for task in tasks if usable(kit, "none", task.problem)]
+    if len(tasks) < chooser.LEAST:
+        raise MassError(
+            f"auto is fitted on {chooser.LEAST} problems or more; {len(tasks)} of these fit the model's context"
+        )
     rows: list[np.ndarray] = []
     right: dict[str, list[float]] = {name: [] for name in CANDIDATES}
     with Verifier() as verifier:
         for i in range(0, len(tasks), batch):
-            some = list(tasks[i : i + batch])
-            # one that does not fit the model's context teaches nothing
-            some = [task for task in some if usable(kit, "none", task.problem)]
-            if not some:
-                continue
+            some = tasks[i : i + batch]
             seen, drawn = signals(kit, [task.problem for task in some], samples)
             rows.append(seen)
             for name in CANDIDATES:
@@ -76,15 +80,20 @@ def main(argv: Sequence[str]) -> int:
         raise MassError(
             f"--budget {args.budget} is less than generate.answer_tokens={r.generate.answer_tokens}: raise it"
         )
-    tasks = load_tasks(
-        args.file,
-        columns=dataclasses.asdict(r.problems.columns),
-        verifier=r.problems.verifier if r.problems.verifier != "gym" else "auto",
-        seed=r.run.seed,
-        demonstrations=r.problems.demonstrations,
-    )
+    # as mass-eval takes problems: none that the run has trained on, which its policy knows
+    own = [f"problems.heldout={json.dumps([args.file])}"]
+    if r.problems.verifier == "gym" and not args.file.startswith("gym:"):
+        own.append("problems.verifier=auto")
+    problems = held_out(plan(args.run, None, [*args.settings, *own]), [], made=True)
+    tasks = problems.tasks
+    if problems.left_out or problems.repeated:
+        _say(
+            f"left out: {problems.left_out} problems that the run has trained on or shows, {problems.repeated} repeated"
+        )
     if len(tasks) < chooser.LEAST:
-        raise MassError(f"{args.file} has {len(tasks)} problems; auto is fitted on {chooser.LEAST} or more")
+        raise MassError(
+            f"{args.file} has {len(tasks)} problems left; auto is fitted on {chooser.LEAST} or more"
+        )
     torch.set_num_threads(r.run.threads)
     kit = build_kit(dataclasses.replace(wanted, budget=args.budget))
     found = fit(kit, tasks, args.batch)

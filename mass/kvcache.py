@@ -138,6 +138,11 @@ class RowCache(Cache):
         if not self.rows:
             self._drop_all()
         first, self.rows = self.rows, self.rows + len(lengths)
+        for layer in self.row_layers:
+            if layer.is_initialized:
+                # rows that have left these places: theirs is masked, and a NaN of theirs would survive that
+                layer.keys[first : self.rows] = 0
+                layer.values[first : self.rows] = 0
         if prompts and len(set(source)) < len(source):
             self.groups += [self.group_count + prompt for prompt in source]
             self.lengths += lengths
@@ -226,7 +231,7 @@ class RowCache(Cache):
     def table(self) -> "RowTable":
         """How the rows lie in their groups; the same until rows come or go."""
         if self._table is None:
-            self._table = RowTable(self.groups, self.group_count, self.device)
+            self._table = RowTable(self.groups, self.group_count, self.device, self.lengths)
         return self._table
 
     def bias(self, window: int | None) -> Tensor:
@@ -257,9 +262,20 @@ def _pad(tensor: Tensor, tokens: int) -> Tensor:
 
 
 class RowTable:
-    """Rows [B, ...] as a rectangle of groups by members [T * N, ...] and back; short groups repeat a row."""
+    """Rows [B, ...] as a rectangle of groups by members [T * N, ...] and back; short groups repeat a row.
 
-    def __init__(self, groups: Sequence[int], count: int, device: torch.device) -> None:
+    `bare`: bool [B, 1, 1, 1], the rows whose prefix is empty (`lengths`). They stand in some group and may not see its
+    prefix, not even times 0, which a NaN survives. None where there are none.
+    """
+
+    def __init__(
+        self, groups: Sequence[int], count: int, device: torch.device, lengths: Sequence[int] = ()
+    ) -> None:
+        self.bare = (
+            None
+            if all(lengths)
+            else torch.tensor([n == 0 for n in lengths], device=device)[:, None, None, None]
+        )
         members: list[list[int]] = [[] for _ in range(count)]
         for row, group in enumerate(groups):
             members[group].append(row)
@@ -326,7 +342,8 @@ def _over_prefix(table: RowTable, left_BHGX: Tensor, right_THXY: Tensor) -> Tens
     grouped = table.group(left_BHGX).transpose(1, 2)
     tasks, heads, members, share, _ = grouped.shape
     out = torch.bmm(grouped.reshape(tasks * heads, members * share, -1), right_THXY.flatten(0, 1))
-    return table.ungroup(out.view(tasks, heads, members, share, -1).transpose(1, 2))
+    out_BHGY = table.ungroup(out.view(tasks, heads, members, share, -1).transpose(1, 2))
+    return out_BHGY if table.bare is None else out_BHGY.masked_fill(table.bare, 0)
 
 
 AttentionInterface.register(ATTENTION, attend)

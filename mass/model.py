@@ -39,6 +39,7 @@ from mass import worlds
 from mass.cache import cache_folder, first_line, once, say
 from mass.errors import MassError
 from mass.fastlinear import has_bf16_products
+from mass.log import no_space
 from mass.lora import Layers, LoraShape, attach
 from mass.pretrain import config_of, pretrain, word_tokenizer
 from mass.shards import Shards
@@ -164,9 +165,14 @@ def find_device(device: str | torch.device) -> torch.device:
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         return torch.device("cpu") if accelerator is None else accelerator
     try:
-        return torch.device(device)
+        found = torch.device(device)
     except RuntimeError as error:
         raise MassError(f"model.device={device!r} is no torch device ({first_line(error)})") from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise MassError(
+            f"model.device={device}: PyTorch {torch.__version__} finds no GPU here. Use model.device=auto or cpu"
+        )
+    return found
 
 
 def context_length(hf: PreTrainedModel) -> int:
@@ -341,13 +347,22 @@ def _convert(file: Path, folder: Path, dtype: torch.dtype) -> None:
         )
     from transformers import GgufConfig
 
-    with quiet():
-        hf = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=dtype
-        )
-        # the dense model is no quantised one any more, and says so in its config
-        save(hf, folder)
-        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+    try:
+        with quiet():
+            hf = AutoModelForCausalLM.from_pretrained(
+                file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=dtype
+            )
+            # the dense model is no quantised one any more, and says so in its config
+            save(hf, folder)
+            AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+    except Exception as error:
+        # whatever readers of another's format raise; a full disk is the caller's to name
+        if isinstance(error, MassError) or no_space(error):
+            raise
+        raise MassError(
+            f"{file} cannot be converted ({type(error).__name__}: {first_line(error)}): it is damaged, or of an architecture "
+            "that transformers does not read from GGUF"
+        ) from error
 
 
 def save(hf: Any, folder: Path) -> None:

@@ -51,7 +51,11 @@ def make_setting(
     shards = None
     if plan.base_is_sharded(recipe, world.size):
         shards = Shards(
-            world.device, hold=z.hold_base, prefetch=z.prefetch, in_main_memory=z.offload == "all"
+            world.device,
+            hold=z.hold_base,
+            prefetch=z.prefetch,
+            in_main_memory=z.offload == "all",
+            patience=recipe.run.patience,
         )
     hf, tokenizer = load(
         m.path,

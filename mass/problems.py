@@ -161,7 +161,7 @@ def load_problems(path: str, *, demonstrations: int = 0, seed: int = 0) -> list[
     names = column_names(None)
     data = sys.stdin.buffer.read() if path == "-" else read_file(path)
     where = "standard input" if path == "-" else path
-    if not data.strip():
+    if not data.removeprefix(b"\xef\xbb\xbf").strip():
         raise MassError(f"{where} is empty. It needs one JSON object a line with a key {names['problem']!r}.")
     if path == "-" and not data.lstrip().startswith((b"{", b"\xef\xbb\xbf{")):
         try:
@@ -249,9 +249,17 @@ def _problem(row: Mapping[str, Any], names: Mapping[str, str]) -> Problem:
     if not text:
         raise ValueError(f"no {names['problem']!r}")
     pairs, as_grids = shown.pairs(row)
-    # the same test grid may belong to two tasks
-    key = content_key(f"{text}\n{pairs}") if pairs else content_key(text)
+    key = content_key(_whole(text, pairs))
     return Problem(text_of(row, names["id"]) or key, text, pairs, as_grids and grids.read(text) is not None)
+
+
+def task_key(problem: Problem) -> str:
+    """As `content_key`, demonstrations included: the same test grid may belong to two tasks."""
+    return content_key(_whole(problem.text, problem.demonstrations))
+
+
+def _whole(text: str, pairs: tuple[tuple[str, str], ...]) -> str:
+    return f"{text}\n{pairs}" if pairs else text
 
 
 def _task(row: Mapping[str, Any], names: Mapping[str, str], stem: str, verifier: str) -> Task:

@@ -232,8 +232,8 @@ def pick_shots(
 ) -> Shots:
     """`k` solve shots and `pairs` generate shots (None: k) for one target, drawn by hash from (seed, problem_id) alone.
 
-    The two problems of a generate shot are of one `source`. The target itself (by its id, and by its `text` where that may
-    be in the pool under another one) is never a shot. Raises MassError when the pool is too small.
+    The two problems of a generate shot are of one `source`. The target itself (by its `text`, or by its id where no text is
+    given) is never a shot. Raises MassError when the pool is too small.
     """
     target = None if text is None else content_key(text)
 
@@ -245,7 +245,7 @@ def pick_shots(
     others = (
         task
         for task in pool
-        if task.problem.id != problem_id and (target is None or content_key(task.problem.text) != target)
+        if (task.problem.id != problem_id if target is None else content_key(task.problem.text) != target)
     )
     tasks = sorted(others, key=order)
     if len(tasks) < k:
@@ -256,8 +256,10 @@ def pick_shots(
     generate: list[GenerateShot] = []
     used: set[int] = set()
     for i, given in enumerate(tasks):
+        if len(generate) == pairs:
+            break
         partners = [j for j, task in enumerate(tasks) if task.source == given.source and j != i]
-        if i in used or not partners or len(generate) == pairs:
+        if i in used or not partners:
             continue
         # a fresh partner where there is one
         j = min(partners, key=lambda j: (j in used, j))

@@ -112,7 +112,7 @@ def _read(path: str | Path) -> dict[str, Any]:
 
 
 def _parse(override: str) -> dict[str, Any]:
-    name, equals, _ = override.partition("=")
+    name, equals, raw = override.partition("=")
     if override.startswith("-"):
         raise MassError(
             f"{override}: unknown option. A recipe key is set without dashes, e.g. inner.steps=2."
@@ -120,11 +120,28 @@ def _parse(override: str) -> dict[str, Any]:
     if not name or not equals:
         raise MassError(f"{override!r}: not an override. Write key=value, e.g. inner.steps=2.")
     try:
-        return typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.from_dotlist([override])))
+        tree = typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.from_dotlist([override])))
+        if (
+            name in KEYS
+            and _is_text(KEYS[name])
+            and type(OmegaConf.select(OmegaConf.create(tree), name))
+            in (
+                int,
+                float,
+            )
+        ):
+            # YAML takes 010 for 8, 2024_01_05 for 20240105, and 7e55012 for a number without an end
+            return _parse(f"{name}={json.dumps(raw.strip())}")
+        return tree
     except (yaml.YAMLError, OmegaConfBaseException):
         raise MassError(
             f"{override}: the value is not YAML. Text is put in quotes: {name}='\"...\"'."
         ) from None
+
+
+def _is_text(key: Key) -> bool:
+    """Whether a value is text, or a list of texts, and no number."""
+    return any(x is str or x == list[str] for x in key.options) and not {int, float} & set(key.options)
 
 
 def _leaves(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -182,10 +199,10 @@ _SIZE = {"--probe": 64, "--plan": 1}
 
 
 class Order(NamedTuple):
-    """What a command line asks for: `probe`: how many tasks to look at (0: not asked for); `plan`: the machines to plan for."""
+    """What a command line asks for: `probe`: how many tasks to look at; `plan`: the machines to plan for."""
 
     recipe: Recipe
-    probe: int
+    probe: int | None
     plan: str | None
 
 
@@ -211,7 +228,6 @@ def command_line(argv: Sequence[str] | None, prog: str, description: str) -> Ord
         metavar="TASKS",
         type=int,
         nargs="?",
-        default=0,
         help="look at credit, features and inner.lr on so many tasks (64), and stop",
     )
     parser.add_argument(
@@ -229,6 +245,8 @@ def command_line(argv: Sequence[str] | None, prog: str, description: str) -> Ord
         for word, after in itertools.pairwise([*words, ""])
     ]
     known, unknown = parser.parse_known_intermixed_args(words)
+    if known.probe is not None and known.probe < 1:
+        parser.error(f"--probe {known.probe}: it wants 1 or more")
     # one rank of many says it
     speaks = os.environ.get("RANK", "0") == "0"
     try:

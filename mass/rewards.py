@@ -201,7 +201,11 @@ def same_number(answer: str, gold: str) -> bool:
         raise ValueError(f"the reference answer {gold[:80]!r} is not a number")
     if len(answer) > 400:
         return False
-    answer = canonical(bare(answer).rpartition("=")[2])
+    before, _, after = bare(answer).rpartition("=")
+    if before.endswith(("<", ">", "!", "~")):
+        # a bound, or what it is not
+        return False
+    answer = canonical(after)
     stated = number(answer)
     words = answer.split()
     if stated is None and len(words) > 1 and not _SCALES.intersection(word.casefold() for word in words):

@@ -122,7 +122,11 @@ def reference(row: Mapping[str, Any], names: Mapping[str, str]) -> tuple[str, st
     return answer, solution
 
 
+def content(text: str) -> str:
+    """The text without regard to case, spacing and Unicode form: what equal problems have in common."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
 def content_key(text: str) -> str:
-    """16 hex digits of the text without regard to case, spacing and Unicode form: equal problems, equal keys."""
-    normal = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-    return hashlib.sha256(normal.encode()).hexdigest()[:16]
+    """16 hex digits of the text's `content`: equal problems, equal keys."""
+    return hashlib.sha256(content(text).encode()).hexdigest()[:16]

@@ -92,7 +92,9 @@ class Problems:
     split: str = _key("train", "split of a hub data set to train on; a slice like train[:1000] will do")
     heldout_split: str = _key("test", "split of a hub data set to hold out")
     demonstrations: int = _key(
-        0, "solved problems of each subject of a file set aside to demonstrate its others; 0 = none", ge=0
+        0,
+        "solved problems of each subject of a file set aside to demonstrate its others, at test time; 0 = none",
+        ge=0,
     )
     verifier: Literal["auto", "exact", "numeric", "math", "gym"] = _key("auto", "how an answer is checked")
 
@@ -250,7 +252,9 @@ class Outer:
     ratio_clip: float = _key(0.2, "how far a token's policy ratio may leave 1", gt=0)
     malformed_penalty: float = _key(1.0, "advantage taken from a malformed example", ge=0)
     min_spread: float = _key(
-        1e-8, "a task whose credits spread less than this is left out (not so with credit=left_out)", ge=0
+        1e-8,
+        "a task whose credits, or rewards, spread less than this is left out (not so of the generator with credit=left_out)",
+        ge=0,
     )
     max_skipped: int = _key(5, "steps in a row with a non-finite gradient that stop the run", ge=1)
     micro_rows: int = _key(32, "sequences in one policy-gradient forward", ge=1)

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mass import frozen
+from mass.distributed import longest_wait
 from mass.errors import MassError
 
 # (name of a parameter, first, last + 1) -> these elements of the flattened parameter, in any dtype
@@ -81,7 +82,13 @@ class Shards:
     """
 
     def __init__(
-        self, device: torch.device, *, hold: bool = False, prefetch: bool = True, in_main_memory: bool = False
+        self,
+        device: torch.device,
+        *,
+        hold: bool = False,
+        prefetch: bool = True,
+        in_main_memory: bool = False,
+        patience: float = 600.0,
     ) -> None:
         self.device, self.hold, self.prefetch, self.waited = device, hold, prefetch, 0.0
         self.home = torch.device("cpu") if in_main_memory else device
@@ -89,7 +96,10 @@ class Shards:
         self.units: list[Unit] = []
         self._place: dict[str, tuple[int, int]] = {}
         # Rounds are agreed upon by the CPUs: the accelerator need not be waited for.
-        self._moves, self._talks = dist.new_group(), dist.new_group(backend="gloo")
+        # A new group has torch's time limit, not that of the first one.
+        limit = longest_wait(patience)
+        self._moves = dist.new_group(timeout=limit)
+        self._talks = dist.new_group(backend="gloo", timeout=limit)
         self._talk: tuple[Any, Tensor] | None = None
         self._move: tuple[Any, int, Tensor] | None = None
         self._want, self._served = -1, 0

@@ -6,10 +6,11 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 from mass.errors import MassError
-from mass.problems import Task, content_key, free_id, shuffled
+from mass.problems import Task, content_key, free_id, shuffled, task_key
 
 
 class Split(NamedTuple):
@@ -24,11 +25,11 @@ def split_tasks(train: Sequence[Task], heldout: Sequence[Task] | None, heldout_s
     """Training and held-out tasks that share no problem text; repeated training problems count once.
 
     Without a held-out source `heldout_size` training problems are held out, but at most a quarter, chosen by a seeded
-    hash of their text. With one, it stays whole and what it shares with the training problems leaves those; except
+    hash of their ids. With one, it stays whole and what it shares with the training problems leaves those; except
     that of a gym family, which may be small, the shared problems are held out only up to a quarter of its training
     problems and stay with training beyond that.
     """
-    distinct = list({content_key(task.problem.text): task for task in reversed(train)}.values())[::-1]
+    distinct = list({task_key(task.problem): task for task in reversed(train)}.values())[::-1]
     if heldout is None:
         count = min(heldout_size, max(len(distinct) // 4, 1))
         if count and len(distinct) < 2:
@@ -52,6 +53,14 @@ def split_tasks(train: Sequence[Task], heldout: Sequence[Task] | None, heldout_s
     taken = {task.problem.id for task in left}
     kept = [replace(task, problem=replace(task.problem, id=free_id(task.problem.id, taken))) for task in kept]
     return Split(left, kept, len(train) - len(left) - (len(kept) if heldout is None else 0))
+
+
+def in_turn(tasks: Sequence[Task]) -> list[Task]:
+    """The tasks of all sources in turn, each source's in their order: the first few of many are then of all of them."""
+    sources: dict[str, list[Task]] = {}
+    for task in tasks:
+        sources.setdefault(task.source, []).append(task)
+    return [task for some in zip_longest(*sources.values()) for task in some if task is not None]
 
 
 def draw_pool(tasks: Sequence[Task], size: int, seed: int) -> tuple[list[Task], list[Task]]:

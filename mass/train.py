@@ -26,7 +26,7 @@ from mass.prepare import deepspeed_config, make_outer, make_setting, tasks_of
 from mass.probe import probe
 from mass.recipe import Recipe, command_line, dump
 from mass.setting import kit as test_time_kit
-from mass.splits import Cursor
+from mass.splits import Cursor, in_turn
 from mass.watchdog import Watchdog, watching
 
 # these are left out where no rank has a value: most problems have no truth to hold an example against
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if order.plan is not None:
             print(plan.report(order.recipe, *plan.machines(order.plan)))
-        elif order.probe:
+        elif order.probe is not None:
             look(order.recipe, order.probe)
         else:
             train(order.recipe)
@@ -121,7 +121,7 @@ def _train(recipe: Recipe, world: World, watch: Watchdog) -> None:
             )
             metrics |= evaluate(
                 test_time_kit(setting, policy, eta, log_lr),
-                heldout[: recipe.evaluate.problems],
+                in_turn(heldout)[:count],
                 {task.source for task in train_tasks},
                 setting.verifier,
                 # what training has memory for
@@ -205,7 +205,9 @@ def look(recipe: Recipe, tasks: int) -> None:
     setting, _ = make_setting(recipe, world, pool, None)
     policy = lora.fresh(setting.lm.lora, recipe.lora.rank, torch.Generator().manual_seed(recipe.run.seed))
     eta = {key: p.detach() for key, p in setting.head.named_parameters()}
-    chosen = Cursor(train_tasks, recipe.run.seed).next(tasks)
+    if tasks > len(train_tasks):
+        _say(f"{tasks} tasks asked for, and there are {len(train_tasks)}: all of them are looked at")
+    chosen = Cursor(train_tasks, recipe.run.seed).next(min(tasks, len(train_tasks)))
     for line in probe(setting, chosen, policy, eta, _say).lines:
         print(line, flush=True)
 

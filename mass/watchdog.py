@@ -6,7 +6,8 @@ torch.distributed, or waits for a part of a sharded base, waits for the others. 
 works while the ranks hang in a collective. Four things end the run, each named with rank and place:
 
 - a rank from which nothing comes: killed, stopped, or its machine is gone (after `GONE` seconds)
-- a rank that stands still outside any collective while its peers live (after `STILL` seconds)
+- a rank that stands still outside any collective while its peers live (after `STILL` seconds; where it waits for another
+  process or for the disk, `WAITS`, after the recipe's `run.patience`)
 - all ranks inside collectives and none moving: they are not the same collectives (after `STILL` seconds)
 - a rank that computes on while another waits for it (after the recipe's `run.patience` seconds)
 """
@@ -35,6 +36,15 @@ from mass.errors import MassError
 BEAT, GONE, STILL, GRACE = 0.5, 20.0, 40.0, 4.0
 # of one processor, over a beat: less is standing still
 BUSY = 0.2
+# what may take longer without this process running: the verifier's worker (which has time limits of its own), vLLM's engine, a
+# compiler, the disk
+WAITS = {
+    ("rewards.py", "_ask"),
+    ("vllm_engine.py", "engine_of"),
+    ("decode.py", "_compiled"),
+    ("stepfolder.py", "write"),
+    ("log.py", "write_atomic"),
+}
 _HERE = str(Path(__file__).parent)
 
 
@@ -45,6 +55,8 @@ class Peer:
     where: str = "starting"
     waits: bool = False
     still: float = 0.0
+    # how long it may stand still
+    may: float = STILL
     waited: float = 0.0
     host: str = "of unknown place"
     left: str = ""
@@ -93,6 +105,16 @@ class Watchdog:
             if self.rank == 0:
                 # the store goes with this process: let the others read it
                 time.sleep(4 * BEAT)
+            else:
+                self._let_rank_0_tell()
+
+    def _let_rank_0_tell(self) -> None:
+        """A launcher ends all ranks as soon as one leaves, and rank 0 alone speaks: it has the time to say why this one goes, or
+        to leave by the same mistake."""
+        end = time.monotonic() + GRACE + 4 * BEAT
+        with contextlib.suppress(RuntimeError):  # it has gone
+            while time.monotonic() < end and not self._store.check(["left 0"]):
+                time.sleep(BEAT)
 
     def explain(self) -> str | None:
         """After a collective failed: why a peer is not there any more, or None when all are. Takes up to `GONE` seconds."""
@@ -113,7 +135,7 @@ class Watchdog:
         still = waited = time.monotonic()
         while not self._over.is_set():
             now, stack, busy = time.monotonic(), _stack(self._frame()), time.process_time()
-            where, waits, got = _place(self._frame(), had)
+            where, waits, got, elsewhere = _place(self._frame(), had)
             moved = stack != before or got != had
             if moved or (busy - used > BUSY * BEAT and not waits) or not self.armed:
                 still = now
@@ -124,6 +146,7 @@ class Watchdog:
                 "where": where,
                 "waits": waits,
                 "still": now - still,
+                "may": max(STILL, self.patience) if elsewhere else STILL,
                 "waited": now - waited,
                 "beat": beat,
             }
@@ -172,7 +195,7 @@ class Watchdog:
     def _stalled(self) -> str | None:
         here = [(rank, peer) for rank, peer in enumerate(self.peers) if not peer.left]
         for rank, peer in here:
-            if not peer.waits and peer.still > STILL:
+            if not peer.waits and peer.still > peer.may:
                 return f"rank {rank} ({peer.host}) has stood still for {peer.still:.0f} s in {peer.where}"
         if all(peer.waits and peer.still > STILL for _, peer in here):
             places = "; ".join(f"rank {rank}: {peer.where}" for rank, peer in here)
@@ -227,21 +250,22 @@ def _stack(frame: FrameType | None) -> list[tuple[int, int]]:
     return out
 
 
-def _place(frame: FrameType | None, had: float) -> tuple[str, bool, float]:
+def _place(frame: FrameType | None, had: float) -> tuple[str, bool, float, bool]:
     """(innermost function of this package with file and line, whether it waits for other ranks, `Shards.waited` where it does
-    so for a part of the base, else `had`).
+    so for a part of the base, else `had`, whether it is one of `WAITS`).
 
     A wait for a part is a C++ call right under `Shards._turn`. One looks like the next, whose frames may lie where those of
     the last lay: `Shards.waited`, which grows with each part that came, tells them apart.
     """
-    waits, got = False, had
+    waits, got, elsewhere = False, had, False
     names: list[str] = []
     while frame is not None:
         code = frame.f_code
         waits |= code.co_filename.endswith("distributed_c10d.py")
         if code.co_filename.startswith(_HERE):
             names.append(f"{code.co_name} ({Path(code.co_filename).name}:{frame.f_lineno})")
+            elsewhere |= (Path(code.co_filename).name, code.co_name) in WAITS
             if code.co_name in ("_turn", "settle") and code.co_filename.endswith("shards.py"):
                 waits, got = True, frame.f_locals["self"].waited
         frame = frame.f_back
-    return (" < ".join(names[:3]) or "the interpreter"), waits, got
+    return (" < ".join(names[:3]) or "the interpreter"), waits, got, elsewhere

@@ -75,6 +75,8 @@ class Planted:
             return f"families={self.families} and unseen={self.unseen} have to be 1 to 26 letters together"
         if not (0 <= self.low <= self.high <= 1 and 0 <= self.kin <= 1):
             return f"low={self.low:g}, high={self.high:g}, kin={self.kin:g} are shares, and low is not above high"
+        if self.families + self.unseen == 1 and self.kin < 1:
+            return f"kin={self.kin:g} of one family: its examples can be of no other. Set kin to 1, or families to 2 or more"
         return None
 
     @property

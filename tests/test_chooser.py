@@ -68,6 +68,18 @@ def test_fit_finds_which_signal_tells(tmp_path: Path) -> None:
         chooser.fit(np.zeros((3, 4)), {"none": [1.0] * 3}, 200, 4)
 
 
+def test_what_could_not_be_used_is_not_written(kit: Kit) -> None:
+    """A choice without the method that it falls back on, and problems that do not fit the model's context."""
+    seen, few = np.random.default_rng(0).normal(size=(12, len(chooser.SIGNALS))), [math.nan] * 3 + [1.0] * 9
+    with pytest.raises(MassError, match="fewer than 10 of them have a verdict"):
+        chooser.fit(seen, {"none": few, "vote": [1.0] * 12}, 100, 2)
+    tasks = [
+        Task(Problem(f"t{i}", "x " * (9999 * (i > 8))), "1", "Answer: 1", "f", "exact") for i in range(12)
+    ]
+    with pytest.raises(MassError, match="auto is fitted on 10 problems or more; 9 of these fit"):
+        fit.fit(replace(kit, budget=120), tasks, batch=6, samples=2)
+
+
 def test_equal_chances_take_the_cheapest() -> None:
     flat = (0.0,) * 5
     even = Chooser(9, 4, 10, (0.0,) * 4, (1.0,) * 4, {"mass": flat, "vote": flat, "none": flat}, {})

@@ -15,6 +15,7 @@ from torch import Tensor
 from mass import distributed
 from mass.engine import Outer, merge, settings
 from mass.errors import MassError
+from mass.model import find_device
 
 STAGES = (0, 1, 2, 3)
 LR = {"policy": 1e-2, "scorer": 1e-1, "inner_lr": 3e-2}
@@ -170,7 +171,9 @@ def on_each_rank(folder: str) -> None:
         saved = {f"value:{key}": x.contiguous() for key, x in values(outer).items()} | outer.state()
         if world.main:
             save_file(saved, Path(folder) / f"{world.size}-{stage}.safetensors")
-        skips_what_is_not_finite(outer, world, float("nan") if stage % 2 else float("inf"))
+        # 1e25 is finite, and its square is not
+        for bad in (float("nan") if stage % 2 else float("inf"), 1e25):
+            skips_what_is_not_finite(outer, world, bad)
         goes_on_from_its_state(outer, stage, world)
     steps_as_torch_optim(2, world, rates=False)
     global OFFLOAD
@@ -260,7 +263,8 @@ def test_a_user_s_own_deepspeed_file(tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
     zero = {"stage": 3, "overlap_comm": True, "offload_optimizer": {"device": "cpu", "pin_memory": True}}
     theirs = {"gradient_clipping": 5.0, "train_batch_size": 64, "optimizer": {"type": "Adam"}}
-    path.write_text(json.dumps(theirs | {"bf16": {"enabled": True}, "zero_optimization": zero}))
+    old = {"bfloat16": {"enabled": True}, "torch_autocast": {"enabled": True}}
+    path.write_text(json.dumps(theirs | old | {"bf16": {"enabled": True}, "zero_optimization": zero}))
     with pytest.raises(MassError) as caught:
         merge(str(path), settings(1, CLIP), 2)
     for words in (
@@ -270,6 +274,8 @@ def test_a_user_s_own_deepspeed_file(tmp_path: Path) -> None:
         'offload_optimizer.device="cpu", where zero.offload stands for "none"',
         "optimizer.type=",
         "bf16.enabled=true",
+        "bfloat16.enabled=true",
+        "torch_autocast.enabled=true",
     ):
         assert words in str(caught.value), words
     zero |= {"stage": "auto"}
@@ -285,6 +291,17 @@ def test_a_user_s_own_deepspeed_file(tmp_path: Path) -> None:
     path.write_text("{")
     with pytest.raises(MassError, match="zero.config=.*JSON"):
         merge(str(path), settings(0, CLIP), 1)
+
+
+def test_a_gpu_that_is_not_there_is_no_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for find in (distributed.start, find_device):
+        with pytest.raises(MassError, match="model.device=cuda: PyTorch .* finds no GPU here"):
+            find("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    with pytest.raises(MassError, match="model.device=cuda: the variable DS_ACCELERATOR=cpu keeps to CPUs"):
+        distributed.start("cuda")
 
 
 def test_a_process_by_itself_reduces_without_a_group() -> None:

@@ -28,7 +28,7 @@ from mass.records import Made, Record
 from mass.rewards import Verifier, find_answer
 from mass.sources import load_all
 from mass.splits import Cursor
-from mass.wanted import plan
+from mass.wanted import plan, pool_of
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +84,17 @@ def test_no_problem_is_one_that_a_run_has_met(tmp_path: Path) -> None:
     only = plan(str(own), None, [f"problems.heldout={json.dumps([file('met.jsonl', [met])])}"])
     with pytest.raises(MassError, match="no problem is left of 1"):
         evaluate.held_out(only, [], made=True)
+
+
+def test_what_a_bare_model_shows_is_not_asked() -> None:
+    """Shots are drawn from a mixture: a family of large weight is read further than its equal part."""
+    words = ["problems.train=[gym:gcd, gym:chain_sum]", "problems.weights=[1, 9]", "prompt.pool=100"]
+    words += ["problems.heldout=[gym:chain_sum]", "problems.heldout_size=500"]
+    words += ["problems.gym.chain_sum={min_terms: 2, max_terms: 2, min_digits: 1, max_digits: 2}"]
+    wanted = plan(None, "tiny:llama", words)
+    shown = {content_key(task.problem.text) for task in pool_of(wanted)}
+    asked = {content_key(task.problem.text) for task in evaluate.held_out(wanted, [], made=True).tasks}
+    assert len(shown) == 100 and len(asked) > 100 and not shown & asked
 
 
 def test_a_run_whose_problems_have_changed_is_refused(

@@ -22,6 +22,8 @@ from ranks import ROOT, Ranks
 from runs import is_run_folder, log_of, tensors
 
 from mass import watchdog
+from mass.errors import MassError
+from mass.rewards import Verifier
 from mass.shards import Shards
 from mass.watchdog import Peer, Watchdog
 
@@ -34,6 +36,13 @@ def befallen(argv: list[str], place: str, rank: int, what: str) -> None:
 
     # the same rules in less time
     watchdog.GONE, watchdog.STILL = 4.0, 5.0
+    leave = os._exit
+
+    def noted(code: int) -> None:
+        Path(argv[1].removeprefix("run.folder="), f"left-{os.environ['RANK']}").write_text(str(time.time()))
+        leave(code)
+
+    os._exit = noted  # type: ignore[assignment]
     module, _, name = place.partition(":")
     owner = importlib.import_module(module)
     whole, count = getattr(owner, name), 0
@@ -57,6 +66,8 @@ def happen(what: str) -> None:
             pass
     elif what == "fails":
         raise ValueError("a fault of one rank")
+    elif what == "errs":
+        raise MassError("no file of problems here")
     else:
         os.kill(os.getpid(), getattr(signal, what))
 
@@ -74,6 +85,7 @@ def happen(what: str) -> None:
         ("mass.episode:write_examples", 1, "sleeps", ["rank 1", "has stood still", "run (episode.py:"]),
         ("mass.episode:write_examples", 1, "spins", ["rank 1", "computes in", "run.patience=10"]),
         ("mass.metagrad:sweep", 1, "fails", ["rank 1", "left: ValueError: a fault of one rank"]),
+        ("mass.metagrad:sweep", 1, "errs", ["rank 1", "left: no file of problems here"]),
     ],
 )
 def test_the_others_end_with_the_reason_and_the_run_goes_on(
@@ -89,7 +101,11 @@ def test_the_others_end_with_the_reason_and_the_run_goes_on(
     assert done.codes[other] == 3, done
     assert all(word in done.err[other] for word in told), done.err[other]
     assert "run.resume=auto" in done.err[other] and "Traceback" not in done.err[other]
-    assert done.codes[rank] == {"SIGKILL": -9, "SIGSTOP": -9, "fails": 1}.get(what, 3), done
+    assert done.codes[rank] == {"SIGKILL": -9, "SIGSTOP": -9, "fails": 1, "errs": 2}.get(what, 3), done
+    if what in ("fails", "errs"):
+        # a launcher ends the others once one has left: rank 0 has said why by then
+        first, last = (float((tmp_path / f"left-{r}").read_text()) for r in (0, 1))
+        assert first < last
     assert time.monotonic() - begin < 120
     is_run_folder_after(tmp_path / "run")
     if (place, what) in (("mass.stepfolder:_seal", "SIGKILL"), ("mass.episode:write_examples", "sleeps")):
@@ -132,15 +148,15 @@ def test_the_watchdog_knows_a_wait_for_a_part_of_the_base_and_sees_parts_come(na
         while (frame := sys._current_frames()[thread.ident]).f_code.co_name != "_turn":
             assert time.monotonic() < end
             time.sleep(0.01)
-        where, waits, got = watchdog._place(frame, 0.0)
+        where, waits, got, _ = watchdog._place(frame, 0.0)
         assert waits and where.startswith("_turn (shards.py:") and got == 1.5
         shards.waited = 2.0
-        assert watchdog._place(frame, got)[1:] == (True, 2.0), "another wait, at the same place"
+        assert watchdog._place(frame, got)[1:3] == (True, 2.0), "another wait, at the same place"
     finally:
         part.release()
         thread.join(10)
     assert not thread.is_alive()
-    assert watchdog._place(sys._getframe(), 2.0)[1:] == (False, 2.0)
+    assert watchdog._place(sys._getframe(), 2.0)[1:] == (False, 2.0, False)
 
 
 def is_run_folder_after(run: Path) -> None:
@@ -238,6 +254,24 @@ def test_a_verifier_s_worker_that_is_stopped_or_killed_is_a_metric_and_the_run_g
     assert log[0]["reward/solve_after"] > 0, "the other verdicts are there"
 
 
+def test_the_watchdog_knows_what_waits_for_other_processes() -> None:
+    """Each of `WAITS` is a function of this package; and a verifier that loads is seen to be one."""
+    for file, name in watchdog.WAITS:
+        assert f"def {name}(" in (ROOT / "mass" / file).read_text(), (file, name)
+    seen: list[bool] = []
+
+    class Pipe:
+        def send(self, message: object) -> None:
+            seen.append(watchdog._place(sys._getframe(), 0.0)[3])
+            raise EOFError
+
+    verifier = Verifier()
+    verifier._pipe = Pipe()  # type: ignore[assignment]
+    verifier._process = SimpleNamespace(wait=lambda timeout: 1, returncode=1)  # type: ignore[assignment]
+    assert verifier._ask(("math", None), 1.0).status == "failed" and seen == [True]
+    verifier._process = verifier._pipe = None
+
+
 def test_what_the_watchdog_calls_a_stall() -> None:
     watch = Watchdog(0, 1, patience=100)
     long = watchdog.STILL + 1
@@ -258,6 +292,10 @@ def test_what_the_watchdog_calls_a_stall() -> None:
         "rank 1 (process 7 on a) has stood still for 41 s in generate"
     )
     assert told(moving, replace(moving, still=long, left="its reason")) is None, "another rule's"
+    assert told(moving, replace(moving, still=long, may=100)) is None, (
+        "it waits for another process, or the disk"
+    )
+    assert told(moving, replace(moving, still=101, may=100)) is not None
 
 
 def test_the_tests_that_the_documentation_names_exist() -> None:

@@ -1,6 +1,7 @@
 """Generated text against `transformers`' own, alone and in company; the model afterwards."""
 
 import gc
+import math
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -100,6 +101,28 @@ def test_only_a_prompt_that_rows_share_is_kept_apart() -> None:
     assert seen.sum(1).tolist() == [4, 4, 41, 40]
     assert layer.keys[2, 0, :40, 0].tolist() == list(range(1, 41))
     assert layer.values[3, 0, 1:40, 0].tolist() == [-float(i) for i in range(41, 80)]
+
+
+@pytest.mark.parametrize(("prompts", "copies", "batch_rows"), [(3, 4, 4), (6, 4, 12), (5, 1, 2)])
+@pytest.mark.parametrize("size", [math.nan, 1e25])
+def test_an_adapter_that_is_not_finite_spoils_no_other_s_text(
+    llama: Any, prompts: int, copies: int, batch_rows: int, size: float
+) -> None:
+    """Rows that come into the places of its rows, and rows beside its prompt: what is masked is multiplied by 0."""
+    asked = [p for p in some_prompts(prompts) for _ in range(copies)]
+    # one prompt without another row of it, beside those that share theirs
+    asked, index = [*asked, [5, 6, 7]], [*(i // copies for i in range(len(asked))), prompts]
+    adapters = some_adapters(llama, prompts + 1)
+    settings: dict[str, Any] = {"seeds": range(len(asked)), "max_new_tokens": 9, "batch_rows": batch_rows}
+    want = generate(llama, asked, adapter=adapters, adapter_index=index, **settings)
+    for bad in (0, prompts - 1):
+        broken = {key: x.clone() for key, x in adapters.items()}
+        for x in broken.values():
+            x[bad] *= size
+        got = generate(llama, asked, adapter=broken, adapter_index=index, **settings)
+        sound = [i for i, which in enumerate(index) if which != bad]
+        assert [got[i].tokens for i in sound] == [want[i].tokens for i in sound]
+        assert all(math.isfinite(p) for i in sound for p in got[i].logprobs)
 
 
 def test_the_base_model_answers_where_a_slot_is_full(llama: Any) -> None:

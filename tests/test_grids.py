@@ -9,7 +9,7 @@ import pytest
 from mass import demonstrations, grids
 from mass.errors import MassError
 from mass.grids import SYMMETRIES, View
-from mass.problems import BadLine, Problem, load_problems, load_tasks
+from mass.problems import BadLine, Problem, content_key, load_problems, load_tasks
 
 GRID = "0 1 2\n3 4 5"
 
@@ -90,6 +90,25 @@ def test_solved_problems_demonstrate_the_others_of_their_subject(tmp_path: Path)
         load_problems(str(file), demonstrations=4)
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_repeated_problem_is_not_asked_beside_its_own_answer(tmp_path: Path, count: int) -> None:
+    """Each problem is there three times, once in other letters: what is shown is asked nowhere, and shown once."""
+    file = tmp_path / "twice.jsonl"
+    rows = [
+        {"problem": f"{word} {i}?", "answer": f"{i}"} for i in range(5) for word in ("How", "how ", "How")
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for seed in range(5):
+        found = load_problems(str(file), demonstrations=count, seed=seed)
+        assert len(found) == 3 * (5 - count)
+        for p in found:
+            assert isinstance(p, Problem)
+            shown = {content_key(given) for given, _ in p.demonstrations}
+            assert len(shown) == count == len(p.demonstrations) and content_key(p.text) not in shown
+    with pytest.raises(MassError, match="this file has 5 with an answer among 5. Lower it"):
+        load_problems(str(file), demonstrations=5)
+
+
 def test_demonstrations_are_read_as_problems_are(tmp_path: Path) -> None:
     """By the columns of each row, and a text that states an answer gives the answer."""
     file = tmp_path / "own.jsonl"
@@ -120,6 +139,9 @@ def test_demonstrations_are_grids_only_where_all_are() -> None:
     assert demonstrations.pairs({"demonstrations": [[grid, grid]]}) == ((("1 2\n3 4", "1 2\n3 4"),), True)
     assert demonstrations.pairs({"demonstrations": [[grid, "x"]]})[1] is False
     assert demonstrations.pairs({"demonstrations": [["1 2\n3 4", "1"]]})[1] is False
+    for odd in (["hi", "no"], {"ab": 1}, "text", [{"input": "1"}]):
+        with pytest.raises(ValueError, match="is not a list of"):
+            demonstrations.pairs({"demonstrations": odd})
     for wrong in ([[1, 2], [3]], [[True]], [[0.5]], [], [[]], [[10]]):
         with pytest.raises(ValueError, match="is not a grid"):
             demonstrations.pairs({"demonstrations": [[wrong, "x"]]})

@@ -278,6 +278,15 @@ def test_failed_conversion_leaves_nothing(
     assert not calls[0].exists() and not list(cache.rglob("half.safetensors"))
 
 
+def test_a_damaged_gguf_is_named(gguf_package: str, tmp_path: Path) -> None:
+    """By the converter itself: the package's file is no GGUF."""
+    with pytest.raises(
+        MassError, match=r"some\.gguf cannot be converted \(.*it is damaged, or of an architecture"
+    ):
+        model._converted(f"package:{gguf_package}/some.gguf", "bf16", tmp_path / "cache")
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
 def test_two_ranks_convert_once(gguf_package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Path] = []
     monkeypatch.setattr(model, "_convert", fake_convert(calls, seconds=0.5))

@@ -246,8 +246,10 @@ def test_the_target_is_no_shot_under_another_id_either() -> None:
     for seed in range(20):
         shots = pick_shots(POOL, 5, seed, "typed", text="P3  of sums")
         assert "p3 of sums" not in {text for shot in (*shots.solve, *shots.generate) for text in shot}
-    # a text that is not there changes nothing
+    # a text that is not there changes nothing, also where its id is another problem's
     assert pick_shots(POOL, 5, 7, "typed", text="other") == pick_shots(POOL, 5, 7, "typed")
+    few = POOL[:3]
+    assert len(pick_shots(few, 3, 7, few[0].problem.id, text="other", pairs=0).solve) == 3
 
 
 def test_too_small_a_pool_says_so() -> None:

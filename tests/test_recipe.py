@@ -173,7 +173,7 @@ def test_the_launchers_local_rank_is_ignored(write, rank):
     # the deepspeed launcher puts it before the script's own arguments
     assert command_line([*rank, str(path), "inner.steps=3"], "", "") == (
         load(path, ["inner.steps=3"]),
-        0,
+        None,
         None,
     )
 
@@ -183,9 +183,9 @@ def test_the_launchers_local_rank_is_ignored(write, rank):
     [
         (["--probe"], (64, None)),
         (["--probe", "8"], (8, None)),
-        ([], (0, None)),
-        (["--plan"], (0, "1")),
-        (["--plan=8x80"], (0, "8x80")),
+        ([], (None, None)),
+        (["--plan"], (None, "1")),
+        (["--plan=8x80"], (None, "8x80")),
     ],
 )
 def test_probe_and_plan_are_asked_for_with_a_size_or_without(write, words, asked):
@@ -201,6 +201,22 @@ def test_probe_and_plan_are_asked_for_with_a_size_or_without(write, words, asked
         *asked,
     )
     assert command_line([*words, str(path)], "", "") == (load(path), *asked)
+
+
+@pytest.mark.parametrize("words", [["--probe", "0"], ["--probe=0"], ["--probe=-3"]])
+def test_a_probe_of_no_task_is_refused(write, capsys, words):
+    """And does not train."""
+    with pytest.raises(SystemExit) as end:
+        command_line([str(write(NEEDED)), *words], "", "")
+    assert end.value.code == 2 and "it wants 1 or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["010", "2024_01_05", "1:30", "1e3", "7e55012", "12"])
+def test_text_on_the_command_line_that_looks_like_a_number_stays_text(write, text):
+    path = write(NEEDED)
+    assert load(path, [f"run.name={text}"]).run.name == text
+    assert load(path, [f"problems.train={text}"]).problems.train == [text]
+    assert load(path, ["run.name='a b'", "outer.steps=010"]).outer.steps == 8
 
 
 def test_a_faulty_recipe_exits_with_2_and_one_message(write, capsys, monkeypatch):

@@ -93,6 +93,13 @@ def test_what_is_required(write):
         (["outer.loss=verifier", "outer.rollouts=1"], "outer.rollouts=2 or more"),
         (["generate.examples=1"], "softmax over one example"),
         (["outer.lr_policy=0", "outer.lr_scorer=0"], "nothing would be learned"),
+        (["outer.generator=0", "outer.gamma=0", "outer.lr_scorer=0"], "the policy has no loss, so nothing"),
+        (
+            ["meta_gradient.mode=reverse", "meta_gradient.one_sided=true"],
+            "only finite differences have sides",
+        ),
+        (["outer.beta_check=1"], "no token is left out of the reward"),
+        (["problems.demonstrations=2"], "training shows none"),
         (["prompt.pool=3"], "Use prompt.pool=4 or more"),
         (["prompt.solve_shots=17"], "Use prompt.pool=17 or more"),
         (["prompt.pool=64", "problems.size=64"], "sets aside all of problems.size=64"),

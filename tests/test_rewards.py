@@ -200,6 +200,9 @@ def test_number(text, value):
         ("1000000.5", "1000000", False),
         ("12345678901234567890", "12345678901234567891", False),
         ("", "0", False),
+        ("x >= 5", "5", False),
+        ("x != 5", "5", False),
+        ("2 >= 1, so x = 5", "5", True),
     ],
 )
 def test_same_number(answer, gold, same):

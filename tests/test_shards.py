@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import Ranks
 from safetensors.torch import load_file, save_file
 from tiny import tiny
@@ -331,6 +332,16 @@ def test_a_sharded_base_gives_the_whole_one_s_numbers_whatever_the_ranks_do(
         tokenizer.save_pretrained(tmp_path / architecture)
         assert (tmp_path / architecture / "model.safetensors.index.json").exists()
     ranks("test_shards:on_each_rank", str(tmp_path), architectures, world=world).good()
+
+
+def test_a_wait_for_a_part_has_the_limit_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch gives a new group limits of its own, of 10 and 30 minutes."""
+    made: list[Any] = []
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "new_group", lambda **how: made.append(how["timeout"].total_seconds()))
+    Shards(torch.device("cpu"), patience=5000)
+    assert made == [5060, 5060]
 
 
 def test_the_rank_that_got_least_goes_first_and_nobody_starves() -> None:

@@ -1,6 +1,7 @@
 """Which problems are held out and shown as shots, and the order of training."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from test_problems import texts, toy
@@ -8,7 +9,7 @@ from test_problems import texts, toy
 from mass import problems
 from mass.errors import MassError
 from mass.problems import Problem, Task
-from mass.splits import Cursor, draw_pool, split_tasks
+from mass.splits import Cursor, draw_pool, in_turn, split_tasks
 
 
 def test_heldout_split_off_train_is_disjoint_seeded_and_free_of_the_files_order():
@@ -45,6 +46,26 @@ def test_what_a_heldout_source_shares_leaves_train():
     assert not {t.problem.id for t in split.train} & {t.problem.id for t in split.heldout}
     with pytest.raises(MassError, match="Every training problem is also held out"):
         split_tasks(train[15:], heldout, 3, seed=0)
+
+
+def test_one_grid_in_two_tasks_is_two_problems_and_does_not_cross_the_split():
+    """What they show makes them two; what they ask is on one side of the split all the same."""
+    rows = [(f"{i % 6} 4", ((f"{i} 1", str(i)),)) for i in range(12)]
+    tasks = [
+        Task(Problem(f"p{i}", text, shown), "1", "Answer: 1", "f", "exact")
+        for i, (text, shown) in enumerate(rows)
+    ]
+    assert len(split_tasks([*tasks, *tasks[:3]], None, 0, seed=0).train) == 12
+    split = split_tasks(tasks, None, 3, seed=0)
+    assert len(split.heldout) == 3 and not set(texts(split.heldout)) & set(texts(split.train))
+
+
+def test_the_first_few_are_of_all_sources():
+    tasks = [replace(task, source="abc"[i // 4]) for i, task in enumerate(toy(10))]
+    few = in_turn(tasks)
+    assert [task.source for task in few] == list("abcabcabab") and sorted(texts(few)) == sorted(texts(tasks))
+    assert [task for task in few if task.source == "a"] == tasks[:4]
+    assert in_turn(tasks[:4]) == tasks[:4] and in_turn([]) == []
 
 
 def test_draw_pool():

@@ -183,7 +183,7 @@ def recording_shards(words: list[str], wanted: dict[str, Any], offloads: bool) -
 def test_what_lies_in_main_memory_changes_no_number(ranks: Ranks, recipe: Path, tmp_path: Path) -> None:
     """On one rank, which keeps its base whole unless that is to lie in main memory."""
     own = [str(recipe), f"run.folder={tmp_path}", "outer.steps=2", "zero.stage=3"]
-    all_of_it = {"hold": False, "prefetch": False, "in_main_memory": True}
+    all_of_it = {"hold": False, "prefetch": False, "in_main_memory": True, "patience": 600.0}
     ranks("runs:many", [[*own, "run.name=here"]]).good()
     more = [*own, "run.name=there", "zero.offload=all", "zero.prefetch=false"]
     ranks("test_train_equal:recording_shards", more, all_of_it, True).good()

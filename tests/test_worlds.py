@@ -203,6 +203,7 @@ def test_a_world_without_more_problems_says_so(caplog):
         ("world:planted", {"planted": {"kin": "all"}}, "planted.kin='all': wants a number"),
         ("world:planted", {"planted": {"families": 20, "unseen": 7}}, "1 to 26 letters"),
         ("world:planted", {"planted": {"low": 0.8}}, "low is not above high"),
+        ("world:planted", {"planted": {"families": 1, "unseen": 0}}, "kin=0.7 of one family"),
         ("world:families", {"families": {"rows": 9}}, "rows=9"),
         ("world:families", {"families": {"gold": 385}}, "gold=385: 1 to 384"),
         ("world:families", {"families": {"noise": 1.5}}, "noise=1.5"),
