@@ -1,6 +1,7 @@
 """What a run is made of, put together before its first step: tasks, setting, and the outer parameters in their engine."""
 
 import math
+from collections.abc import Sequence as Seq
 from typing import Any
 
 import torch
@@ -14,13 +15,14 @@ from mass.distributed import World
 from mass.engine import Outer
 from mass.errors import MassError
 from mass.forward import check_model
-from mass.model import LanguageModel, load
+from mass.model import LanguageModel, context_length, load
 from mass.optimizers import Rule
+from mass.practice import solve_sequence
 from mass.problems import Task
-from mass.prompts import Prompts, make_prompts, pick_shots
+from mass.prompts import Prompts, Shots, make_prompts, pick_shots
 from mass.recipe import Recipe
 from mass.rewards import Verifier, require
-from mass.setting import Setting, lora_shape, rate_name
+from mass.setting import Setting, draw_shots, lora_shape, rate_name
 from mass.shards import Shards
 from mass.sources import Tasks, load_all
 
@@ -38,6 +40,46 @@ def tasks_of(recipe: Recipe) -> Tasks:
     # what a pool cannot give is said before the model is loaded
     pick_shots(found.pool, p.solve_shots, recipe.run.seed, "", pairs=p.generate_shots)
     return found
+
+
+def check_context(setting: Setting, tasks: Seq[Task]) -> None:
+    """Raise MassError for training problems that, with their prompts and what may be written after them, are longer than the
+    model's context: it has not learned such positions, and engines of vLLM end on them in the middle of a run."""
+    r, prompts, longest = setting.recipe, setting.prompts, context_length(setting.lm.hf)
+    p, g = r.prompt, r.generate
+    # a text has no more tokens than bytes: most problems need not be read
+    count = p.solve_shots + 2 * p.generate_shots
+    shown = sorted((_bytes(task) for task in setting.pool), reverse=True)[:count]
+    around = count * (64 + len(prompts.solve_instruction.encode())) + g.max_new_tokens + g.answer_tokens
+    least = len(prompts.solve("")) + len(prompts.generate("")) + sum(shown) + around
+    asked = [task for task in tasks if least + _bytes(task) > longest]
+    shots = draw_shots(setting, asked)
+    too_long = [
+        task.problem.id
+        for task, own in zip(asked, shots, strict=True)
+        if _tokens(setting, task, own) > longest
+    ]
+    if too_long:
+        raise MassError(
+            f"problems.train: {len(too_long)} problems, with their prompts and what is written after them, are longer than the "
+            f"model's context of {longest} tokens: {', '.join(too_long[:5])}{', ...' * (len(too_long) > 5)}. Take them out, or "
+            "lower prompt.solve_shots, prompt.generate_shots, generate.max_new_tokens or generate.answer_tokens"
+        )
+
+
+def _bytes(task: Task) -> int:
+    return len(f"{task.problem.text}{task.solution}".encode())
+
+
+def _tokens(setting: Setting, task: Task, shots: Shots) -> int:
+    """Of the longest sequence that a step makes of a task."""
+    r, prompts, text = setting.recipe, setting.prompts, task.problem.text
+    if r.outer.loss == "gold":
+        answered = len(solve_sequence(prompts, text, task.solution, shots.solve).tokens)
+    else:
+        answered = len(prompts.solve(text, shots.solve)) + r.generate.answer_tokens
+    written = len(prompts.generate(text, shots.generate)) + r.generate.max_new_tokens
+    return max(answered, written if r.inner.steps else 0)
 
 
 def make_setting(

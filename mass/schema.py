@@ -310,7 +310,7 @@ class Evaluate:
         "outer steps between evaluations, from step 0 to the last; 0, or more than outer.steps, = never",
         ge=0,
     )
-    problems: int = _key(32, "held-out problems of an evaluation", ge=1)
+    problems: int = _key(32, "held-out problems of an evaluation, of all sources in turn", ge=1)
 
 
 @dataclass(frozen=True)

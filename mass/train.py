@@ -22,7 +22,7 @@ from mass.distributed import World
 from mass.errors import MassError
 from mass.heldout import evaluate
 from mass.log import RunLog, summary_writer
-from mass.prepare import deepspeed_config, make_outer, make_setting, tasks_of
+from mass.prepare import check_context, deepspeed_config, make_outer, make_setting, tasks_of
 from mass.probe import probe
 from mass.recipe import Recipe, command_line, dump
 from mass.setting import kit as test_time_kit
@@ -70,6 +70,7 @@ def _train(recipe: Recipe, world: World, watch: Watchdog) -> None:
     if world.main:
         print(f"loading {recipe.model.path}", flush=True)
     setting, fingerprint = make_setting(recipe, world, pool, saved_engine)
+    check_context(setting, train_tasks)
     policy_shape = setting.lm.shape
     assert policy_shape is not None
     cursor = Cursor(train_tasks, recipe.run.seed)
@@ -203,6 +204,7 @@ def look(recipe: Recipe, tasks: int) -> None:
         )
     train_tasks, _, pool = tasks_of(recipe)
     setting, _ = make_setting(recipe, world, pool, None)
+    check_context(setting, train_tasks)
     policy = lora.fresh(setting.lm.lora, recipe.lora.rank, torch.Generator().manual_seed(recipe.run.seed))
     eta = {key: p.detach() for key, p in setting.head.named_parameters()}
     if tasks > len(train_tasks):

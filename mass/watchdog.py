@@ -42,6 +42,7 @@ WAITS = {
     ("rewards.py", "_ask"),
     ("vllm_engine.py", "engine_of"),
     ("decode.py", "_compiled"),
+    ("rowkernel.py", "library"),
     ("stepfolder.py", "write"),
     ("log.py", "write_atomic"),
 }

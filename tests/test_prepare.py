@@ -21,6 +21,32 @@ ROOT = Path(__file__).parent.parent
 T, N = 2, 3
 
 
+@pytest.mark.parametrize("loss", ["gold", "verifier"])
+def test_training_problems_that_do_not_fit_the_context_are_named(loss: str) -> None:
+    """Each sequence that a step makes is looked at, and no problem that fits is refused."""
+    words = [f"outer.loss={loss}", "prompt.solve_shots=1", "meta_gradient.mode=reverse"]
+    recipe = load(ROOT / "recipes/smoke.yaml", words)
+    tasks, _, pool = prepare.tasks_of(recipe)
+    setting, _ = prepare.make_setting(recipe, World(0, 1, torch.device("cpu")), pool, None)
+    prepare.check_context(setting, tasks)
+    need = {
+        task.problem.id: prepare._tokens(setting, task, own)
+        for task, own in zip(tasks, draw_shots(setting, tasks), strict=True)
+    }
+    most, next_most = sorted(set(need.values()), reverse=True)[:2]
+    config = setting.lm.hf.config
+    config.max_position_embeddings = most
+    prepare.check_context(setting, tasks)
+    config.max_position_embeddings = next_most
+    longer = [name for name, size in need.items() if size == most]
+    with pytest.raises(MassError, match=rf"{len(longer)} problems.*context of {next_most} tokens: ") as error:
+        prepare.check_context(setting, tasks)
+    assert all(name in str(error.value) for name in longer[:5])
+    config.max_position_embeddings = 10
+    with pytest.raises(MassError, match=rf"problems.train: {len(tasks)} problems.*, \.\.\.\. Take them out"):
+        prepare.check_context(setting, tasks)
+
+
 @pytest.mark.parametrize("shots", [0, 3])
 def test_auto_plans_for_the_shots_that_a_step_shows(shots: int, monkeypatch: pytest.MonkeyPatch) -> None:
     planned: list[Packed] = []
