@@ -92,7 +92,7 @@ def main(argv: Sequence[str]) -> int:
         )
     if len(tasks) < chooser.LEAST:
         raise MassError(
-            f"{args.file} has {len(tasks)} problems left; auto is fitted on {chooser.LEAST} or more"
+            f"{args.file} has {len(tasks)} problems; auto is fitted on {chooser.LEAST} or more"
         )
     torch.set_num_threads(r.run.threads)
     kit = build_kit(dataclasses.replace(wanted, budget=args.budget))

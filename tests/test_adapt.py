@@ -20,6 +20,7 @@ from mass import command as command_module
 from mass.command import main
 from mass.methods import METHODS
 from mass.records import Made, Seconds, StepLoss, Tokens
+from mass.sources import load_all
 from mass.wanted import plan
 
 FIELDS = {
@@ -309,6 +310,12 @@ def test_fit_on_the_command_line(run: Path, command: Command, tmp_path: Path) ->
     assert said.code == 2 and "has 1 problems; auto is fitted on 10 or more" in said.err
     said = command("--run", str(copy), "--problem", "x", "--method", "auto")
     assert said.code == 2 and "mass-adapt fit --run RUN" in said.err
+    # problems that the run knows say nothing of new ones: these are counted, and not fitted on
+    known = load_all(plan(str(copy), None).recipe).train[:9]
+    own = [json.dumps({"problem": t.problem.text, "answer": t.answer}) + "\n" for t in known]
+    few.write_text("".join([*rows[:3], *own, rows[0]]))
+    said = command(*fit, "--file", str(few))
+    assert said.code == 2 and "has 3 problems" in said.err and "left out: 9 problems that the run" in said.err
     assert command(*fit, "--file", str(dev)).code == 0 and (copy / "auto.json").is_file()
     record = json.loads(command("--run", str(copy), "--problem", "x", "--method", "auto", "--json").out)
     assert record["method"] == "auto" and record["note"].startswith("auto chose none (chance to be right")

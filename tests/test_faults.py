@@ -8,6 +8,7 @@ test_train_stops.py, verifiers by themselves in test_judge.py.
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -265,11 +266,13 @@ def test_the_watchdog_knows_what_waits_for_other_processes() -> None:
             seen.append(watchdog._place(sys._getframe(), 0.0)[3])
             raise EOFError
 
+        def close(self) -> None:
+            pass
+
     verifier = Verifier()
     verifier._pipe = Pipe()  # type: ignore[assignment]
-    verifier._process = SimpleNamespace(wait=lambda timeout: 1, returncode=1)  # type: ignore[assignment]
+    verifier._process = subprocess.Popen([sys.executable, "-c", ""])
     assert verifier._ask(("math", None), 1.0).status == "failed" and seen == [True]
-    verifier._process = verifier._pipe = None
 
 
 def test_what_the_watchdog_calls_a_stall() -> None:
