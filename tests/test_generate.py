@@ -125,6 +125,23 @@ def test_an_adapter_that_is_not_finite_spoils_no_other_s_text(
         assert all(math.isfinite(p) for i in sound for p in got[i].logprobs)
 
 
+def test_rows_beside_a_prompt_that_is_not_finite_do_not_see_it(llama: Any) -> None:
+    """Rows of one prompt stay; those of another leave early, and rows with prompts of their own come into their places."""
+    long, short, *own = sorted(some_prompts(5), key=len, reverse=True)
+    asked, index = [long, long, short, short, *own], [0, 0, 1, 1, 2, 3, 4]
+    adapters = some_adapters(llama, 5)
+    settings: dict[str, Any] = {"seeds": [0] * 7, "max_new_tokens": 9, "temperature": 0.0, "batch_rows": 4}
+    first = generate(llama, asked, adapter=adapters, adapter_index=index, **settings)[2].tokens[0]
+    settings["stop_ids"] = [first]
+    want = generate(llama, asked, adapter=adapters, adapter_index=index, **settings)
+    assert len(want[2].tokens) == 1 and all(len(row.tokens) > 2 for row in want[4:])
+    for x in adapters.values():
+        x[0] *= math.nan
+    got = generate(llama, asked, adapter=adapters, adapter_index=index, **settings)
+    assert tokens(got[2:]) == tokens(want[2:]) and len(got[0].tokens) == 9
+    assert all(math.isfinite(p) for row in got[2:] for p in row.logprobs)
+
+
 def test_the_base_model_answers_where_a_slot_is_full(llama: Any) -> None:
     settings: dict[str, Any] = {"seeds": [0], "max_new_tokens": 8, "temperature": 0.0}
     want = tokens(generate(llama, [[5, 6]], **settings))
