@@ -21,18 +21,22 @@ ROOT = Path(__file__).parent.parent
 T, N = 2, 3
 
 
+@pytest.mark.parametrize("shots", [1, 6])
 @pytest.mark.parametrize("loss", ["gold", "verifier"])
-def test_training_problems_that_do_not_fit_the_context_are_named(loss: str) -> None:
+def test_training_problems_that_do_not_fit_the_context_are_named(loss: str, shots: int) -> None:
     """Each sequence that a step makes is looked at, and no problem that fits is refused."""
-    words = [f"outer.loss={loss}", "prompt.solve_shots=1", "meta_gradient.mode=reverse"]
+    words = [f"outer.loss={loss}", f"prompt.solve_shots={shots}", "meta_gradient.mode=reverse"]
     recipe = load(ROOT / "recipes/smoke.yaml", words)
     tasks, _, pool = prepare.tasks_of(recipe)
     setting, _ = prepare.make_setting(recipe, World(0, 1, torch.device("cpu")), pool, None)
     prepare.check_context(setting, tasks)
-    need = {
-        task.problem.id: prepare._tokens(setting, task, own)
-        for task, own in zip(tasks, draw_shots(setting, tasks), strict=True)
-    }
+    need = {}
+    for task, own in zip(tasks, draw_shots(setting, tasks), strict=True):
+        text, g = task.problem.text, recipe.generate
+        written = len(setting.prompts.generate(text, own.generate)) + g.max_new_tokens
+        answered = len(setting.prompts.solve(text, own.solve)) + g.answer_tokens
+        solved = len(solve_sequence(setting.prompts, text, task.solution, own.solve).tokens)
+        need[task.problem.id] = max(written, solved if loss == "gold" else answered)
     most, next_most = sorted(set(need.values()), reverse=True)[:2]
     config = setting.lm.hf.config
     config.max_position_embeddings = most
