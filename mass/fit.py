@@ -91,9 +91,7 @@ def main(argv: Sequence[str]) -> int:
             f"left out: {problems.left_out} problems that the run has trained on or shows, {problems.repeated} repeated"
         )
     if len(tasks) < chooser.LEAST:
-        raise MassError(
-            f"{args.file} has {len(tasks)} problems; auto is fitted on {chooser.LEAST} or more"
-        )
+        raise MassError(f"{args.file} has {len(tasks)} problems; auto is fitted on {chooser.LEAST} or more")
     torch.set_num_threads(r.run.threads)
     kit = build_kit(dataclasses.replace(wanted, budget=args.budget))
     found = fit(kit, tasks, args.batch)

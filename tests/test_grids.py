@@ -109,6 +109,14 @@ def test_a_repeated_problem_is_not_asked_beside_its_own_answer(tmp_path: Path, c
         load_problems(str(file), demonstrations=5)
 
 
+@pytest.mark.parametrize("data", [b"", b" \n", b"\xef\xbb\xbf", b"\xef\xbb\xbf\n\n"])
+def test_a_file_without_a_line_is_empty(tmp_path: Path, data: bytes) -> None:
+    file = tmp_path / "none.jsonl"
+    file.write_bytes(data)
+    with pytest.raises(MassError, match="none.jsonl is empty"):
+        load_problems(str(file))
+
+
 def test_demonstrations_are_read_as_problems_are(tmp_path: Path) -> None:
     """By the columns of each row, and a text that states an answer gives the answer."""
     file = tmp_path / "own.jsonl"
