@@ -112,7 +112,8 @@ class Watchdog:
     def _let_rank_0_tell(self) -> None:
         """A launcher ends all ranks as soon as one leaves, and rank 0 alone speaks: it has the time to say why this one goes, or
         to leave by the same mistake."""
-        end = time.monotonic() + GRACE + 4 * BEAT
+        # it hears of this, waits, says it, and lets the others say so
+        end = time.monotonic() + GRACE + 10 * BEAT
         with contextlib.suppress(RuntimeError):  # it has gone
             while time.monotonic() < end and not self._store.check(["left 0"]):
                 time.sleep(BEAT)
@@ -175,6 +176,9 @@ class Watchdog:
             reason = self._gone() or (self._stalled() if self.armed else None)
             if reason and not self._over.is_set():
                 say(self.rank, reason)
+                if self.rank == 0:
+                    # the store goes with this process: the others have the time to find the same
+                    time.sleep(4 * BEAT)
                 # no orderly end: the main thread hangs
                 os._exit(3)
 

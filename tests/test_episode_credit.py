@@ -251,8 +251,9 @@ def test_a_plan_counts_the_loops_without_each_example() -> None:
     # a generator that is not trained has no pass of its own, and nothing is held where no divergence is taken
     assert loops("outer.generator=0")[policy] == 0 == loops("outer.lr_policy=0")[policy]
     free = loops("outer.beta=0")[policy]
-    assert 0 < free == loops("outer.beta=0", "outer.reward=example", "outer.beta_check=1")[policy]
-    assert loops("outer.beta=1")[policy] > free
+    assert 0 < free == loops("outer.beta=0", "outer.reward=answer")[policy]
+    held = loops("outer.beta=0", "outer.reward=answer", "outer.beta_check=1")[policy]
+    assert held == loops("outer.beta=1")[policy] > free
 
 
 class Broken:

@@ -233,8 +233,10 @@ def test_random_draws_training_problems_but_never_the_target(kit: Kit) -> None:
 def test_a_problem_of_the_pool_that_leaves_too_few_fails_alone(kit: Kit) -> None:
     kit = replace(kit, solve_shots=6, examples=6)
     by_id, by_text = Problem("t2", "What is it?"), Problem("typed", "What is 2 +  1?")
+    assert solve(kit, [by_id], "none", baselines=False)[0].error is None, (
+        "an id says nothing of another file's"
+    )
     for method, wrong, reason in [
-        ("none", by_id, "6 shots wanted and 5 problems set aside"),
         ("none", by_text, "6 shots wanted and 5 problems set aside"),
         ("random", by_text, "generate.examples=6 training problems, and 5 are set aside"),
     ]:

@@ -63,11 +63,18 @@ def test_command_names_what_is_not_installed(
     assert "serve needs uvicorn, which is not installed: pip install 'mass[serve]'" in capsys.readouterr().err
 
 
+def heeds_interrupts() -> None:
+    """In the background (`nohup make test &`) tests, and what they start, begin with SIGINT ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_the_command_serves_until_it_is_stopped() -> None:
     words = [sys.executable, "-m", "mass.adapt", "serve", "--model", "tiny:llama", "--port", "0", *SHORT, "generate.answer_tokens=4"]  # fmt: skip
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        words, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=heeds_interrupts
+    )
     assert process.stderr is not None and process.stdout is not None
     said = ""
     while "Ctrl-C" not in said:

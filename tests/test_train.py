@@ -55,6 +55,8 @@ def interrupted(words: list[str], number: signal.Signals, after: str) -> tuple[i
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        # in the background (`nohup make test &`) it would be ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     limit = threading.Timer(110, os.killpg, (process.pid, signal.SIGKILL))
     limit.start()
