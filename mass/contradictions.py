@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 
-from mass.schema import KEYS, Recipe, keys_of, said
+from mass.keys import said
+from mass.schema import KEYS, Recipe, keys_of
 
 
 def contradictions(r: Recipe, *, training: bool) -> Iterator[tuple[str, str]]:

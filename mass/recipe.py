@@ -25,7 +25,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mass.contradictions import contradictions
 from mass.errors import MassError
-from mass.schema import GROUPS, KEYS, Key, Recipe, keys_of, said
+from mass.keys import Key, said
+from mass.schema import GROUPS, KEYS, Recipe, keys_of
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), *, training: bool = True) -> Recipe:
@@ -121,17 +122,10 @@ def _parse(override: str) -> dict[str, Any]:
         raise MassError(f"{override!r}: not an override. Write key=value, e.g. inner.steps=2.")
     try:
         tree = typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.from_dotlist([override])))
-        if (
-            name in KEYS
-            and _is_text(KEYS[name])
-            and type(OmegaConf.select(OmegaConf.create(tree), name))
-            in (
-                int,
-                float,
-            )
-        ):
+        if name in KEYS and _is_text(KEYS[name]):
             # YAML takes 010 for 8, 2024_01_05 for 20240105, and 7e55012 for a number without an end
-            return _parse(f"{name}={json.dumps(raw.strip())}")
+            if type(OmegaConf.select(OmegaConf.create(tree), name)) in (int, float):
+                return _parse(f"{name}={json.dumps(raw.strip())}")
         return tree
     except (yaml.YAMLError, OmegaConfBaseException):
         raise MassError(

@@ -1,263 +1,243 @@
 """Every recipe key once: name, type, default, bounds and meaning. Checks, `--help` and docs/recipes.md read it here.
 
-No torch, and nothing of the other modules: mass/recipe.py fills these dataclasses in.
+No torch: mass/recipe.py fills these dataclasses in.
 """
 
 import dataclasses
-import math
-import operator
-import types
 import typing
-from collections.abc import Iterator, Mapping
-from copy import deepcopy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-_BOUNDS = {
-    "ge": ("at least", operator.ge),
-    "gt": ("more than", operator.gt),
-    "le": ("at most", operator.le),
-    "lt": ("less than", operator.lt),
-}
-
-
-def _key(default: Any, meaning: str, **bounds: float) -> Any:
-    metadata = {"meaning": meaning, "bounds": bounds}
-    return dataclasses.field(default_factory=lambda: deepcopy(default), metadata=metadata)
-
-
-def _group(cls: type, meaning: str) -> Any:
-    return dataclasses.field(default_factory=cls, metadata={"meaning": meaning})
+from mass.keys import Key, group, key
 
 
 @dataclass(frozen=True)
 class Run:
-    name: str = _key("run", "name of the run: its files are in FOLDER/NAME/")
-    folder: str = _key("checkpoints", "folder of all runs")
-    seed: int = _key(0, "everything random follows from it", ge=0)
-    resume: str = _key("no", "no; auto: go on from the newest step if there is one; or a step folder")
-    patience: float = _key(600.0, "seconds that ranks wait for one that computes longer than they", ge=10)
-    threads: int = _key(1, "CPU threads of a process; more are slow where cores are shared", ge=1)
+    name: str = key("run", "name of the run: its files are in FOLDER/NAME/")
+    folder: str = key("checkpoints", "folder of all runs")
+    seed: int = key(0, "everything random follows from it", ge=0)
+    resume: str = key("no", "no; auto: go on from the newest step if there is one; or a step folder")
+    patience: float = key(600.0, "seconds that ranks wait for one that computes longer than they", ge=10)
+    threads: int = key(1, "CPU threads of a process; more are slow where cores are shared", ge=1)
 
 
 @dataclass(frozen=True)
 class Model:
-    path: str = _key("", "a folder, a hub id, package:NAME/FILE.gguf in a package, world:NAME or tiny:llama")
-    dtype: Literal["bf16", "fp32"] = _key("bf16", "of the frozen base; everything learned is fp32")
-    attention: Literal["sdpa", "eager"] = _key("sdpa", "attention where no second derivative is needed")
-    cache: str | None = _key(None, "folder for models made here; null = $MASS_CACHE or ~/.cache/mass")
-    device: Literal["auto", "cpu", "cuda"] = _key("auto", "auto = the GPU of this rank if there is one")
+    path: str = key("", "a folder, a hub id, package:NAME/FILE.gguf in a package, world:NAME or tiny:llama")
+    dtype: Literal["bf16", "fp32"] = key("bf16", "of the frozen base; everything learned is fp32")
+    attention: Literal["sdpa", "eager"] = key("sdpa", "attention where no second derivative is needed")
+    cache: str | None = key(None, "folder for models made here; null = $MASS_CACHE or ~/.cache/mass")
+    device: Literal["auto", "cpu", "cuda"] = key("auto", "auto = the GPU of this rank if there is one")
 
 
 @dataclass(frozen=True)
 class Prompt:
-    style: Literal["auto", "chat", "plain"] = _key("auto", "auto = chat if the tokenizer has a chat template")
-    solve_shots: int = _key(0, "solved problems shown before the problem to solve", ge=0)
-    generate_shots: int = _key(2, "shown cases of a problem and one like it, solved", ge=0)
-    pool: int = _key(16, "training problems set aside to be shown, and never trained on", ge=0)
-    solve_instruction: str | None = _key(None, "said before a problem; null = the text in mass/prompts.py")
-    generate_instruction: str | None = _key(None, "asks for an example; null = the text in mass/prompts.py")
+    style: Literal["auto", "chat", "plain"] = key("auto", "auto = chat if the tokenizer has a chat template")
+    solve_shots: int = key(0, "solved problems shown before the problem to solve", ge=0)
+    generate_shots: int = key(2, "shown cases of a problem and one like it, solved", ge=0)
+    pool: int = key(16, "training problems set aside to be shown, and never trained on", ge=0)
+    solve_instruction: str | None = key(None, "said before a problem; null = the text in mass/prompts.py")
+    generate_instruction: str | None = key(None, "asks for an example; null = the text in mass/prompts.py")
 
 
 @dataclass(frozen=True)
 class Columns:
-    problem: str = _key("problem", "column with the problem")
-    answer: str = _key("answer", "column with the final answer, or with text that states it")
-    solution: str = _key("solution", "column with a worked solution; may be absent")
-    id: str = _key("id", "column with an identifier; may be absent")
+    problem: str = key("problem", "column with the problem")
+    answer: str = key("answer", "column with the final answer, or with text that states it")
+    solution: str = key("solution", "column with a worked solution; may be absent")
+    id: str = key("id", "column with an identifier; may be absent")
 
 
 @dataclass(frozen=True)
 class Problems:
-    train: list[str] = _key(
+    train: list[str] = key(
         [], "sources: FILE.jsonl, a hub id (OWNER/NAME or OWNER/NAME:CONFIG), gym:NAME or world:NAME"
     )
-    heldout: list[str] | None = _key(None, "the same to hold out; null = split off the training problems")
-    heldout_size: int = _key(
+    heldout: list[str] | None = key(None, "the same to hold out; null = split off the training problems")
+    heldout_size: int = key(
         100, "held-out problems made from a gym or world, or split off: at most a quarter", ge=0
     )
-    size: int = _key(
+    size: int = key(
         1000, "training problems made from gyms and worlds; with weights, drawn from all sources", ge=1
     )
-    weights: list[float] | None = _key(
+    weights: list[float] | None = key(
         None, "share of each source in size; null = files whole, gyms alike", ge=0
     )
-    gym: dict[str, dict[str, Any]] = _key({}, "settings of reasoning-gym families: {NAME: {setting: value}}")
-    world: dict[str, dict[str, Any]] = _key(
+    gym: dict[str, dict[str, Any]] = key({}, "settings of reasoning-gym families: {NAME: {setting: value}}")
+    world: dict[str, dict[str, Any]] = key(
         {}, "settings of planted worlds, and of their base models: {NAME: {setting: value}}"
     )
-    columns: Columns = _group(
+    columns: Columns = group(
         Columns, "columns of a data set; rows with a key problem but not this one have the defaults"
     )
-    split: str = _key("train", "split of a hub data set to train on; a slice like train[:1000] will do")
-    heldout_split: str = _key("test", "split of a hub data set to hold out")
-    demonstrations: int = _key(
+    split: str = key("train", "split of a hub data set to train on; a slice like train[:1000] will do")
+    heldout_split: str = key("test", "split of a hub data set to hold out")
+    demonstrations: int = key(
         0,
         "solved problems of each subject of a file set aside to demonstrate its others, at test time; 0 = none",
         ge=0,
     )
-    verifier: Literal["auto", "exact", "numeric", "math", "gym"] = _key("auto", "how an answer is checked")
+    verifier: Literal["auto", "exact", "numeric", "math", "gym"] = key("auto", "how an answer is checked")
 
 
 @dataclass(frozen=True)
 class Lora:
-    rank: int = _key(8, "rank R of the adapter", ge=1)
-    alpha: float = _key(16.0, "the update is scaled by alpha / rank", gt=0)
-    targets: list[str] = _key(
-        ["all-linear"], "linear layers by name, e.g. q_proj; all-linear spares the head"
-    )
-    last: int | None = _key(
+    rank: int = key(8, "rank R of the adapter", ge=1)
+    alpha: float = key(16.0, "the update is scaled by alpha / rank", gt=0)
+    targets: list[str] = key(["all-linear"], "linear layers by name, e.g. q_proj; all-linear spares the head")
+    last: int | None = key(
         None, "adapters on the last so many decoder blocks, no backward pass below; null = all", ge=1
     )
 
 
 @dataclass(frozen=True)
 class Generate:
-    examples: int = _key(6, "practice examples of a task (N)", ge=1)
-    max_new_tokens: int = _key(128, "longest example, in tokens", ge=1)
-    temperature: float = _key(1.0, "of examples and, at test time, own answers; outer rollouts have 1", gt=0)
-    top_p: float = _key(1.0, "keep the likeliest tokens that make up this probability; 1 = off", gt=0, le=1)
-    top_k: int = _key(0, "keep this many likeliest tokens; 0 = off", ge=0)
-    min_p: float = _key(0.0, "drop tokens less likely than this share of the likeliest; 0 = off", ge=0, lt=1)
-    batch_rows: int = _key(128, "sequences generated at once", ge=1)
-    answer_tokens: int = _key(128, "longest answer, greedy or rollout, in tokens", ge=1)
-    engine: Literal["ours", "hf", "vllm"] = _key(
+    examples: int = key(6, "practice examples of a task (N)", ge=1)
+    max_new_tokens: int = key(128, "longest example, in tokens", ge=1)
+    temperature: float = key(1.0, "of examples and, at test time, own answers; outer rollouts have 1", gt=0)
+    top_p: float = key(1.0, "keep the likeliest tokens that make up this probability; 1 = off", gt=0, le=1)
+    top_k: int = key(0, "keep this many likeliest tokens; 0 = off", ge=0)
+    min_p: float = key(0.0, "drop tokens less likely than this share of the likeliest; 0 = off", ge=0, lt=1)
+    batch_rows: int = key(128, "sequences generated at once", ge=1)
+    answer_tokens: int = key(128, "longest answer, greedy or rollout, in tokens", ge=1)
+    engine: Literal["ours", "hf", "vllm"] = key(
         "ours", "who draws: mass's own loop, generate of transformers (slow, for comparison), or vLLM"
     )
-    step: Literal["eager", "cuda_graph", "compile"] = _key(
+    step: Literal["eager", "cuda_graph", "compile"] = key(
         "eager", "decode step: as it is, recorded as a CUDA graph, or compiled (minutes at the first text)"
     )
 
 
 @dataclass(frozen=True)
 class Scorer:
-    temperature: float = _key(1.0, "of the softmax from scores to weights", gt=0)
-    layers: list[float] = _key([0.5, 1.0], "layers that are read, as fractions of the depth", ge=0, le=1)
-    hidden: int = _key(64, "width of the head", ge=1)
-    pool: Literal["solution", "all"] = _key("solution", "tokens of an example that are averaged")
-    l2: float = _key(0.2, "penalty on centred scores, so that the softmax does not saturate", ge=0)
+    temperature: float = key(1.0, "of the softmax from scores to weights", gt=0)
+    layers: list[float] = key([0.5, 1.0], "layers that are read, as fractions of the depth", ge=0, le=1)
+    hidden: int = key(64, "width of the head", ge=1)
+    pool: Literal["solution", "all"] = key("solution", "tokens of an example that are averaged")
+    l2: float = key(0.2, "penalty on centred scores, so that the softmax does not saturate", ge=0)
 
 
 @dataclass(frozen=True)
 class Inner:
-    steps: int = _key(
+    steps: int = key(
         2,
         "fine-tuning steps on the weighted examples (K); 0 = no inner loop: the outer loss trains the policy as it is",
         ge=0,
     )
-    optimizer: Literal["sgd", "adam"] = _key("sgd", "update rule that is differentiated through")
-    lr: float = _key(0.3, "learning rate", ge=0)
-    momentum: float = _key(0.0, "of sgd", ge=0, lt=1)
-    beta1: float = _key(0.9, "of adam", ge=0, lt=1)
-    beta2: float = _key(0.999, "of adam", ge=0, lt=1)
-    eps: float = _key(1e-8, "of adam, added to the square root", ge=0)
-    eps_root: float = _key(0.0, "of adam, added under the square root: tames its derivative", ge=0)
-    clip: float | None = _key(1.0, "largest norm of a task's inner gradient; null = off", gt=0)
-    start: Literal["policy", "base"] = _key(
+    optimizer: Literal["sgd", "adam"] = key("sgd", "update rule that is differentiated through")
+    lr: float = key(0.3, "learning rate", ge=0)
+    momentum: float = key(0.0, "of sgd", ge=0, lt=1)
+    beta1: float = key(0.9, "of adam", ge=0, lt=1)
+    beta2: float = key(0.999, "of adam", ge=0, lt=1)
+    eps: float = key(1e-8, "of adam, added to the square root", ge=0)
+    eps_root: float = key(0.0, "of adam, added under the square root: tames its derivative", ge=0)
+    clip: float | None = key(1.0, "largest norm of a task's inner gradient; null = off", gt=0)
+    start: Literal["policy", "base"] = key(
         "policy",
         "what is updated and answers: the policy, which writes the examples too, or the base model; then the policy only writes",
     )
-    max_growth: float | None = _key(
+    max_growth: float | None = key(
         2.0,
         "drop a task whose inner loss grows by this factor; null = do not look, a forward pass less",
         gt=1,
     )
-    learned_lr: Literal["no", "one", "layer"] = _key("no", "learn lr too: one rate, or one for each layer")
-    checkpoint: bool = _key(
+    learned_lr: Literal["no", "one", "layer"] = key("no", "learn lr too: one rate, or one for each layer")
+    checkpoint: bool = key(
         True, "recompute first-order gradients block by block: less memory, about a third more time"
     )
 
 
 @dataclass(frozen=True)
 class Guard:
-    max_loss: float | None = _key(
+    max_loss: float | None = key(
         None, "skip examples whose loss is larger at the start, in nats; null = off", gt=0
     )
-    max_grad_norm: float | None = _key(
+    max_grad_norm: float | None = key(
         None, "skip examples whose own gradient is longer at the start; null = off", gt=0
     )
-    fisher: float = _key(0.0, "pull to the start, weighted by Fisher information; 0 = off", ge=0)
-    restore: float = _key(0.0, "chance of a weight to go back to the start after a step; 0 = off", ge=0, le=1)
-    heldout: float = _key(0.0, "share of the examples that picks the step to stop at; 0 = off", ge=0, lt=1)
+    fisher: float = key(0.0, "pull to the start, weighted by Fisher information; 0 = off", ge=0)
+    restore: float = key(0.0, "chance of a weight to go back to the start after a step; 0 = off", ge=0, le=1)
+    heldout: float = key(0.0, "share of the examples that picks the step to stop at; 0 = off", ge=0, lt=1)
 
 
 @dataclass(frozen=True)
 class Knobs:
-    margin: float = _key(0.5, "tt-si, tt-d: update where the two likeliest answers are closer", gt=0, le=1)
-    gate_samples: int = _key(4, "tt-si, tt-d: own answers that the gate looks at", ge=1)
-    threshold: float = _key(
+    margin: float = key(0.5, "tt-si, tt-d: update where the two likeliest answers are closer", gt=0, le=1)
+    gate_samples: int = key(4, "tt-si, tt-d: own answers that the gate looks at", ge=1)
+    threshold: float = key(
         0.3, "vds: least share of the scorer's softmax that the best answer has", ge=0, le=1
     )
-    kl: float = _key(0.001, "ttrl: coefficient of the KL divergence from the start", ge=0)
-    forking: float = _key(
+    kl: float = key(0.001, "ttrl: coefficient of the KL divergence from the start", ge=0)
+    forking: float = key(
         1.0, "ttrl: share of the tokens learned from, those of most entropy; 1 = all", gt=0, le=1
     )
-    band: float = _key(0.0, "ttrl: coefficient that keeps their entropy in a band; 0 = off", ge=0)
-    teacher_seconds: float = _key(60.0, "tt-d: time limit of one request to a teacher's address", gt=0)
+    band: float = key(0.0, "ttrl: coefficient that keeps their entropy in a band; 0 = off", ge=0)
+    teacher_seconds: float = key(60.0, "tt-d: time limit of one request to a teacher's address", gt=0)
 
 
 @dataclass(frozen=True)
 class MetaGradient:
-    mode: Literal["auto", "blockwise", "reverse", "finite_difference"] = _key(
+    mode: Literal["auto", "blockwise", "reverse", "finite_difference"] = key(
         "auto", "second-order engine; none is used with inner.steps=0"
     )
-    memory_gb: float | None = _key(None, "memory that auto may plan with; null = what is free", gt=0)
-    truncate: int | None = _key(None, "differentiate the last J inner steps only; null = all", ge=1)
-    one_sided: bool = _key(
+    memory_gb: float | None = key(None, "memory that auto may plan with; null = what is free", gt=0)
+    truncate: int | None = key(None, "differentiate the last J inner steps only; null = all", ge=1)
+    one_sided: bool = key(
         False, "finite_difference by one more pass a step instead of two: cheaper, less exact"
     )
 
 
 @dataclass(frozen=True)
 class Outer:
-    steps: int = _key(100, "outer steps of the run", ge=1)
-    tasks: int = _key(4, "tasks of one rank in one step (T)", ge=1)
-    loss: Literal["gold", "verifier"] = _key(
+    steps: int = key(100, "outer steps of the run", ge=1)
+    tasks: int = key(4, "tasks of one rank in one step (T)", ge=1)
+    loss: Literal["gold", "verifier"] = key(
         "gold", "of the reference solution, or of sampled answers' rewards"
     )
-    tasks_at_once: int | None = _key(
+    tasks_at_once: int | None = key(
         None, "tasks worked at once, for memory; the step is the same; null = all of outer.tasks", ge=1
     )
-    rollouts: int = _key(8, "sampled answers of a task, verifier loss only (G)", ge=1)
-    lr_policy: float = _key(3e-5, "learning rate of the policy adapter; 0 = keep it", ge=0)
-    lr_scorer: float = _key(1e-3, "learning rate of the scorer; 0 = keep it", ge=0)
-    lr_inner: float = _key(1e-2, "learning rate of a learned inner learning rate", ge=0)
-    gamma: float = _key(
+    rollouts: int = key(8, "sampled answers of a task, verifier loss only (G)", ge=1)
+    lr_policy: float = key(3e-5, "learning rate of the policy adapter; 0 = keep it", ge=0)
+    lr_scorer: float = key(1e-3, "learning rate of the scorer; 0 = keep it", ge=0)
+    lr_inner: float = key(1e-2, "learning rate of a learned inner learning rate", ge=0)
+    gamma: float = key(
         0.1, "coefficient of the solver loss of the policy without update; with inner.steps=0 it is 1", ge=0
     )
-    beta: float = _key(
+    beta: float = key(
         0.01,
         "coefficient of the KL divergence from the base model; with inner.steps=0 on the answers of outer.loss=verifier, and "
         "none with gold",
         ge=0,
     )
-    generator: float = _key(1.0, "coefficient of the generator loss, its KL included", ge=0)
-    credit: Literal["score", "uniform", "left_out"] = _key(
+    generator: float = key(1.0, "coefficient of the generator loss, its KL included", ge=0)
+    credit: Literal["score", "uniform", "left_out"] = key(
         "score",
         "what rewards the generator: the derivative at the scorer's weights; at uniform ones (a second inner loop), where it tells "
         "good examples apart however sharp the scorer is; or, in nats, what the outer loss rises by without the example (N inner "
         "loops more), which rewards no second example of what is there already",
     )
-    reward: Literal["example", "answer", "solution"] = _key(
+    reward: Literal["example", "answer", "solution"] = key(
         "example",
         "tokens of an example that its credit rewards: all, those up to its answer (a check that follows stays honest), or of "
         "those the solution's alone (less noise where the problem hardly matters)",
     )
-    beta_check: float = _key(
+    beta_check: float = key(
         0.0, "reward=answer and solution: coefficient of the KL divergence on the tokens left out", ge=0
     )
-    through_init: bool = _key(False, "pass the meta-gradient to the policy as the inner loop's start, too")
-    warmup: int = _key(5, "steps in which the learning rates rise from 0", ge=0)
-    clip_grad: float = _key(1.0, "largest norm of the outer gradient", gt=0)
-    ratio_clip: float = _key(0.2, "how far a token's policy ratio may leave 1", gt=0)
-    malformed_penalty: float = _key(1.0, "advantage taken from a malformed example", ge=0)
-    min_spread: float = _key(
+    through_init: bool = key(False, "pass the meta-gradient to the policy as the inner loop's start, too")
+    warmup: int = key(5, "steps in which the learning rates rise from 0", ge=0)
+    clip_grad: float = key(1.0, "largest norm of the outer gradient", gt=0)
+    ratio_clip: float = key(0.2, "how far a token's policy ratio may leave 1", gt=0)
+    malformed_penalty: float = key(1.0, "advantage taken from a malformed example", ge=0)
+    min_spread: float = key(
         1e-8,
         "a task whose credits, or rewards, spread less than this is left out (not so of the generator with credit=left_out)",
         ge=0,
     )
-    max_skipped: int = _key(5, "steps in a row with a non-finite gradient that stop the run", ge=1)
-    micro_rows: int = _key(32, "sequences in one policy-gradient forward", ge=1)
+    max_skipped: int = key(5, "steps in a row with a non-finite gradient that stop the run", ge=1)
+    micro_rows: int = key(32, "sequences in one policy-gradient forward", ge=1)
 
     @property
     def together(self) -> int:
@@ -277,118 +257,66 @@ class Outer:
 
 @dataclass(frozen=True)
 class Zero:
-    stage: int = _key(
+    stage: int = key(
         0,
         "DeepSpeed ZeRO stage of the outer parameters; 3 also shards the frozen base over the ranks",
         ge=0,
         le=3,
     )
-    hold_base: bool = _key(
+    hold_base: bool = key(
         False, "stage 3: hold the whole base while text is generated; faster where memory allows"
     )
-    prefetch: bool = _key(
+    prefetch: bool = key(
         True,
         "stage 3: gather the block that comes next while one computes; false holds one at a time and waits for each",
     )
-    offload: Literal["no", "optimizer", "all"] = _key(
+    offload: Literal["no", "optimizer", "all"] = key(
         "no",
         "what stays in main memory: the outer optimizer's state (from stage 1 on), or that and the base (stage 3)",
     )
-    config: str | None = _key(None, "a DeepSpeed JSON file of yours; what contradicts the recipe is refused")
+    config: str | None = key(None, "a DeepSpeed JSON file of yours; what contradicts the recipe is refused")
 
 
 @dataclass(frozen=True)
 class Save:
-    every: int = _key(10, "outer steps between checkpoints", ge=1)
-    keep: int = _key(3, "newest checkpoints kept; 0 = all", ge=0)
+    every: int = key(10, "outer steps between checkpoints", ge=1)
+    keep: int = key(3, "newest checkpoints kept; 0 = all", ge=0)
 
 
 @dataclass(frozen=True)
 class Evaluate:
-    every: int = _key(
+    every: int = key(
         0,
         "outer steps between evaluations, from step 0 to the last; 0, or more than outer.steps, = never",
         ge=0,
     )
-    problems: int = _key(32, "held-out problems of an evaluation, of all sources in turn", ge=1)
+    problems: int = key(32, "held-out problems of an evaluation, of all sources in turn", ge=1)
 
 
 @dataclass(frozen=True)
 class Log:
-    samples_every: int = _key(1, "outer steps between tables of examples; 0 = never", ge=0)
-    tensorboard: bool = _key(True, "write TensorBoard files")
+    samples_every: int = key(1, "outer steps between tables of examples; 0 = never", ge=0)
+    tensorboard: bool = key(True, "write TensorBoard files")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    run: Run = _group(Run, "where a run is kept and how it starts")
-    model: Model = _group(Model, "the frozen base model")
-    prompt: Prompt = _group(Prompt, "how the model is asked")
-    problems: Problems = _group(Problems, "what it is trained and evaluated on")
-    lora: Lora = _group(Lora, "the adapter: it is the policy, and what the inner loop updates")
-    generate: Generate = _group(Generate, "sampling of practice examples and answers")
-    scorer: Scorer = _group(Scorer, "the head that weighs the examples")
-    inner: Inner = _group(Inner, "the update at test time")
-    guard: Guard = _group(Guard, "guards of the update, at test time alone; all off")
-    knobs: Knobs = _group(Knobs, "settings of single test-time methods")
-    meta_gradient: MetaGradient = _group(MetaGradient, "the derivative through the inner loop")
-    outer: Outer = _group(Outer, "meta-training")
-    zero: Zero = _group(Zero, "sharding")
-    save: Save = _group(Save, "checkpoints")
-    evaluate: Evaluate = _group(Evaluate, "evaluation while training")
-    log: Log = _group(Log, "what is shown and written")
-
-
-@dataclass(frozen=True)
-class Key:
-    """One leaf of the schema. `hint` is its Python type."""
-
-    name: str
-    hint: Any
-    default: Any
-    meaning: str
-    bounds: Mapping[str, float]
-
-    @property
-    def options(self) -> tuple[Any, ...]:
-        """The alternatives of the hint: `float | None` gives float and None's type."""
-        return typing.get_args(self.hint) if isinstance(self.hint, types.UnionType) else (self.hint,)
-
-    @property
-    def wants(self) -> str:
-        """Type and bounds in words."""
-        bounds = " and ".join(f"{_BOUNDS[how][0]} {limit:g}" for how, limit in self.bounds.items())
-        return " or ".join(_words(x) for x in self.options) + (f", {bounds}" if bounds else "")
-
-    def complaint(self, value: Any) -> str | None:
-        """Why a value of the right type will not do, or None."""
-        if value == [] or (value == "" and type(None) not in self.options):
-            required = self.default in ("", [])
-            return (
-                f"{self.name}: {'required' if required else 'empty'}. It wants {self.wants}: {self.meaning}."
-            )
-        numbers = [x for x in (value if isinstance(value, list) else [value]) if isinstance(x, int | float)]
-        bounds = [(_BOUNDS[how][1], limit) for how, limit in self.bounds.items()]
-        if all(math.isfinite(x) and all(holds(x, limit) for holds, limit in bounds) for x in numbers):
-            return None
-        return f"{said(self.name, value)}: wants {self.wants}."
-
-
-def _words(hint: Any) -> str:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        return "one of " + ", ".join(arguments)
-    if origin is list:
-        return "a list of " + {str: "texts", float: "numbers"}[arguments[0]]
-    if origin is dict:
-        return "a mapping"
-    return {int: "an int", float: "a number", str: "text", bool: "true or false", type(None): "null"}[hint]
-
-
-def said(name: str, value: Any) -> str:
-    """`name=value` as an error shows it, cut to a line."""
-    text = repr(value)
-    return f"{name}={text if len(text) <= 80 else text[:77] + '...'}"
+    run: Run = group(Run, "where a run is kept and how it starts")
+    model: Model = group(Model, "the frozen base model")
+    prompt: Prompt = group(Prompt, "how the model is asked")
+    problems: Problems = group(Problems, "what it is trained and evaluated on")
+    lora: Lora = group(Lora, "the adapter: it is the policy, and what the inner loop updates")
+    generate: Generate = group(Generate, "sampling of practice examples and answers")
+    scorer: Scorer = group(Scorer, "the head that weighs the examples")
+    inner: Inner = group(Inner, "the update at test time")
+    guard: Guard = group(Guard, "guards of the update, at test time alone; all off")
+    knobs: Knobs = group(Knobs, "settings of single test-time methods")
+    meta_gradient: MetaGradient = group(MetaGradient, "the derivative through the inner loop")
+    outer: Outer = group(Outer, "meta-training")
+    zero: Zero = group(Zero, "sharding")
+    save: Save = group(Save, "checkpoints")
+    evaluate: Evaluate = group(Evaluate, "evaluation while training")
+    log: Log = group(Log, "what is shown and written")
 
 
 def _keys(cls: Any, prefix: str = "") -> Iterator[Key]:
@@ -401,7 +329,7 @@ def _keys(cls: Any, prefix: str = "") -> Iterator[Key]:
             yield Key(prefix + field.name, hints[field.name], default, **field.metadata)
 
 
-KEYS = {key.name: key for key in _keys(Recipe)}
+KEYS = {one.name: one for one in _keys(Recipe)}
 GROUPS = {name.rpartition(".")[0] for name in KEYS}
 
 
