@@ -1,4 +1,4 @@
-"""mass-eval: disjoint problems, whole calls, resuming, and the report."""
+"""mass-eval: whole calls, resuming, and the report."""
 
 import dataclasses
 import json
@@ -17,18 +17,14 @@ import torch
 from folders import COUNT, DATA, make_run
 from ranks import Ranks
 
-from mass import answers, arms, checkpoint, compare, evaluate, filerun
+from mass import answers, arms, compare, evaluate, filerun
 from mass.choices.kit import sample
-from mass.errors import MassError
 from mass.filerun import adapt_problems
 from mass.kit import build_kit
 from mass.model import load
-from mass.problems import content_key
 from mass.records import Made, Record
 from mass.rewards import Verifier, find_answer
-from mass.sources import load_all
-from mass.splits import Cursor
-from mass.wanted import plan, pool_of
+from mass.wanted import plan
 
 
 @pytest.fixture(scope="module")
@@ -38,82 +34,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def rows(path: Path) -> list[dict[str, Any]]:
     return [{**json.loads(line), "seconds": None} for line in path.read_text().splitlines()]
-
-
-# ---- problems
-
-
-def test_no_problem_is_one_that_a_run_has_met(tmp_path: Path) -> None:
-    def file(name: str, texts: Sequence[str]) -> str:
-        path = tmp_path / name
-        path.write_text("".join(json.dumps({"problem": text, "answer": "1"}) + "\n" for text in texts))
-        return str(path)
-
-    trained = file("train.jsonl", [f"Training problem {i}" for i in range(12)])
-    own = make_run(tmp_path, "one", train=[trained], heldout=None, heldout_size=3)
-    other = make_run(tmp_path, "other", train=[file("more.jsonl", ["New A", "New X", "New Y", "New Z"])], heldout=None,
-                     heldout_size=1)  # fmt: skip
-    wanted = plan(str(own), None)
-    default = evaluate.held_out(wanted, [], made=False)
-    assert len(default.tasks) == 3 and (default.left_out, default.repeated, default.trained) == (
-        0,
-        0,
-        ["train"],
-    )
-    held = {content_key(task.problem.text) for task in default.tasks}
-    # another size of the split would take training problems: those that the run has met are left out
-    more = evaluate.held_out(plan(str(own), None, ["run.seed=5"]), [], made=False)
-    assert {content_key(task.problem.text) for task in more.tasks} <= held and len(
-        more.tasks
-    ) + more.left_out == 3
-
-    met = next(text for i in range(12) if content_key(text := f"Training problem {i}") not in held)
-    asked = file("new.jsonl", ["New A", f"  {met.upper()} ", "New B", "new b", "New C"])
-    wanted = plan(str(own), None, [f"problems.heldout={json.dumps([asked])}"])
-    found = evaluate.held_out(wanted, [], made=True)
-    assert [task.problem.text for task in found.tasks] == ["New A", "New B", "New C"]
-    assert (found.left_out, found.repeated) == (1, 1)
-    # what another run of an arm has trained on is left out for all
-    both = evaluate.held_out(
-        wanted, arms.parse(f"none,{other}:none", wanted, [], (str(own), None)), made=True
-    )
-    held_by_other = evaluate.held_out(plan(str(other), None), [], made=False).tasks[0].problem.text
-    expected = [text for text in ("New A", "New B", "New C") if text != "New A" or held_by_other == text]
-    assert [task.problem.text for task in both.tasks] == expected
-    assert len(evaluate.held_out(wanted, [], made=True, limit=2).tasks) == 2
-    only = plan(str(own), None, [f"problems.heldout={json.dumps([file('met.jsonl', [met])])}"])
-    with pytest.raises(MassError, match="no problem is left of 1"):
-        evaluate.held_out(only, [], made=True)
-
-
-def test_what_a_bare_model_shows_is_not_asked() -> None:
-    """Shots are drawn from a mixture: a family of large weight is read further than its equal part."""
-    words = ["problems.train=[gym:gcd, gym:chain_sum]", "problems.weights=[1, 9]", "prompt.pool=100"]
-    words += ["problems.heldout=[gym:chain_sum]", "problems.heldout_size=500"]
-    words += ["problems.gym.chain_sum={min_terms: 2, max_terms: 2, min_digits: 1, max_digits: 2}"]
-    wanted = plan(None, "tiny:llama", words)
-    shown = {content_key(task.problem.text) for task in pool_of(wanted)}
-    asked = {content_key(task.problem.text) for task in evaluate.held_out(wanted, [], made=True).tasks}
-    assert len(shown) == 100 and len(asked) > 100 and not shown & asked
-
-
-def test_a_run_whose_problems_have_changed_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def write(texts: Sequence[str]) -> None:
-        path.write_text("".join(json.dumps({"problem": text, "answer": "1"}) + "\n" for text in texts))
-
-    path, texts = tmp_path / "train.jsonl", [f"Training problem {i}" for i in range(12)]
-    write(texts)
-    run = make_run(tmp_path, "r", train=[str(path)], heldout=None, heldout_size=3)
-    wanted = plan(str(run), None)
-    trained = load_all(wanted.recipe).train
-    meta = {"cursor": Cursor(trained, 0).state()}
-    monkeypatch.setattr(checkpoint, "read_meta", lambda step: meta)
-    assert len(evaluate.held_out(wanted, [], made=False).tasks) == 3
-    write(texts[:-1])
-    with pytest.raises(MassError, match=r"/r: the problems that it was trained on have changed since"):
-        evaluate.held_out(wanted, [], made=False)
 
 
 # ---- whole calls
