@@ -70,7 +70,9 @@ def _train(recipe: Recipe, world: World, watch: Watchdog) -> None:
     if world.main:
         print(f"loading {recipe.model.path}", flush=True)
     setting, fingerprint = make_setting(recipe, world, pool, saved_engine)
-    check_context(setting, train_tasks)
+    if run.start is None:
+        # a run that has begun goes on: its problems cannot be changed any more
+        check_context(setting, train_tasks)
     policy_shape = setting.lm.shape
     assert policy_shape is not None
     cursor = Cursor(train_tasks, recipe.run.seed)

@@ -239,6 +239,10 @@ def test_bad_input_ends_with_one_clear_sentence_and_no_half_written_file(
     assert not list(runs.rglob("step_*")) and not list(runs.rglob("*.jsonl"))
     no_leftovers(runs)
 
+    long = refused("generate.max_new_tokens=3000")
+    one_sentence(long, "problems.train: 30 problems", "context of 2048 tokens", "lower prompt.solve_shots")
+    assert not list(runs.rglob("step_*"))
+
     # a run that never began does not stand in the way of a good one of its name; that one does, of the next
     refused().good()
     is_run_folder(runs / "run", [1])
@@ -252,6 +256,8 @@ def test_bad_input_ends_with_one_clear_sentence_and_no_half_written_file(
     text = one_sentence(refused("run.resume=auto", f"problems.train={other}", "inner.lr=9"), "changed since")
     after = {path: path.read_bytes() for path in runs.rglob("*") if path.is_file() and path.name != ".lock"}
     assert before == after
+    # one that has begun goes on, whatever its problems are
+    refused("run.resume=auto", "generate.max_new_tokens=3000").good()
 
 
 # ---- every recipe
