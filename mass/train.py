@@ -24,7 +24,7 @@ from mass.heldout import evaluate
 from mass.log import RunLog, summary_writer
 from mass.prepare import check_context, deepspeed_config, make_outer, make_setting, tasks_of
 from mass.probe import probe
-from mass.recipe import Recipe, command_line, dump
+from mass.recipe import Order, Recipe, dump
 from mass.setting import kit as test_time_kit
 from mass.splits import Cursor, in_turn
 from mass.watchdog import Watchdog, watching
@@ -33,10 +33,8 @@ from mass.watchdog import Watchdog, watching
 KNOWN = ("scorer/auc", "credit/auc", "generator/auc", "generator/right")
 
 
-def main(argv: list[str] | None = None) -> None:
-    """`mass-train RECIPE [KEY=VALUE ...]`, and what `deepspeed launch/meta_train.py` runs. Exits 0, 2 on user errors, 3 when
-    another rank ended or stalled the run."""
-    order = command_line(argv, "mass-train", __doc__ or "")
+def follow(order: Order) -> None:
+    """Do what a command line asks for, as `mass.console.train` says."""
     try:
         if order.plan is not None:
             print(plan.report(order.recipe, *plan.machines(order.plan)))
@@ -289,7 +287,3 @@ class _Stop:
             print(
                 "stopping after this step, with a save (Ctrl-C again: at once)", file=sys.stderr, flush=True
             )
-
-
-if __name__ == "__main__":
-    main()

@@ -61,7 +61,7 @@ def llama() -> Any:
     return build()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def ranks() -> Iterator[Ranks]:
     with Ranks() as started:
         yield started

@@ -1,7 +1,7 @@
 """Runs a function in W fresh processes joined as ranks, without paying the import of torch and DeepSpeed each time.
 
-`with Ranks() as ranks: done = ranks("mass.train:main", [argv], world=2)`. One helper process imports `mass.train` and
-forks the ranks, which find RANK, WORLD_SIZE and the like in their environment as under any launcher. Nothing of torch
+`with Ranks() as ranks: done = ranks("mass.console:train", [argv], world=2)`. One helper process imports `mass.train` and what a
+run imports later, and forks the ranks, which find RANK, WORLD_SIZE and the like in their environment as under any launcher. Nothing of torch
 runs in the helper before it forks.
 """
 
@@ -94,6 +94,8 @@ class Ranks:
 
 def _serve() -> None:
     import deepspeed  # noqa: F401
+    import peft  # noqa: F401
+    import torch.utils.tensorboard  # noqa: F401
 
     import mass.train  # noqa: F401
 

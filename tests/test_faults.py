@@ -33,7 +33,7 @@ def befallen(argv: list[str], place: str, rank: int, what: str) -> None:
     """`mass-train` in which something happens to one rank at its second call of a function ("module:function")."""
     import importlib
 
-    from mass.train import main
+    from mass.console import train
 
     # the same rules in less time
     watchdog.GONE, watchdog.STILL = 4.0, 5.0
@@ -56,7 +56,7 @@ def befallen(argv: list[str], place: str, rank: int, what: str) -> None:
         return whole(*arguments, **more)
 
     setattr(owner, name, call)
-    main(argv)
+    train(argv)
 
 
 def happen(what: str) -> None:
@@ -110,7 +110,7 @@ def test_the_others_end_with_the_reason_and_the_run_goes_on(
     assert time.monotonic() - begin < 120
     is_run_folder_after(tmp_path / "run")
     if (place, what) in (("mass.stepfolder:_seal", "SIGKILL"), ("mass.episode:write_examples", "sleeps")):
-        ranks("mass.train:main", [*own, "run.resume=auto"], world=2).good()
+        ranks("mass.console:train", [*own, "run.resume=auto"], world=2).good()
         is_run_folder(tmp_path / "run", [1, 2])
         assert [entry["step"] for entry in log_of(tmp_path / "run")] == [0, 1, 2]
 
@@ -173,7 +173,7 @@ def broken_model(argv: list[str], steps: list[int], rank: int) -> None:
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
     from mass import episode
-    from mass.train import main
+    from mass.console import train
 
     whole, norm, broken = episode.run, LlamaRMSNorm.forward, [False]
 
@@ -187,7 +187,7 @@ def broken_model(argv: list[str], steps: list[int], rank: int) -> None:
         return norm(self, hidden) * (float("nan") if broken[0] else 1.0)
 
     episode.run, LlamaRMSNorm.forward = run, forward
-    main(argv)
+    train(argv)
 
 
 @pytest.mark.slow
@@ -213,15 +213,15 @@ def test_a_model_that_gives_nan_on_one_rank_costs_its_steps_and_ends_the_run_whe
         if key != "optimizer outer_steps":
             assert torch.equal(saved[0][key], saved[1][key]), key
     assert not torch.equal(saved[1]["scorer net.4.weight"], saved[2]["scorer net.4.weight"])
-    ranks("mass.train:main", [*own, "run.resume=auto"], world=2).good()
+    ranks("mass.console:train", [*own, "run.resume=auto"], world=2).good()
     is_run_folder(tmp_path / "run", [1, 2, 3, 4, 5])
     assert all(torch.isfinite(x).all() for x in tensors(tmp_path / "run/step_000005").values())
 
 
 def worker_befallen(argv: list[str]) -> None:
     """`mass-train` whose verifier's worker is stopped at its third question and killed at its fifth."""
+    from mass.console import train
     from mass.rewards import Verifier
-    from mass.train import main
 
     ask, count = Verifier._ask, 0
 
@@ -233,7 +233,7 @@ def worker_befallen(argv: list[str]) -> None:
         return ask(self, message, min(seconds, 0.5) if message[1] is not None else seconds)
 
     Verifier._ask = asked  # type: ignore[method-assign]
-    main(argv)
+    train(argv)
 
 
 @pytest.mark.slow

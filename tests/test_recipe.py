@@ -243,10 +243,26 @@ def test_no_recipe_at_all(capsys):
     assert "RECIPE" in capsys.readouterr().err
 
 
-def test_recipes_start_without_torch():
-    code = "import sys, mass.recipe; mass.recipe.load('recipes/demo.yaml'); sys.exit('torch' in sys.modules)"
+@pytest.mark.parametrize(
+    ("typed", "code", "said"),
+    [
+        ("['recipes/demo.yaml', '--cfg']", 0, "model:"),
+        ("['--help']", 0, "usage: mass-train"),
+        ("['recipes/demo.yaml', 'inner.stps=3']", 2, "inner.stps: unknown key"),
+    ],
+)
+def test_what_needs_no_model_is_said_without_torch(typed: str, code: int, said: str) -> None:
+    program = (
+        "import sys\n"
+        "from mass.console import train\n"
+        f"try: train({typed})\n"
+        "finally: print('torch' in sys.modules, 'transformers' in sys.modules)"
+    )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
+    words = [sys.executable, "-c", program]
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == code and said in done.stdout + done.stderr, done
+    assert done.stdout.splitlines()[-1] == "False False"
 
 
 def test_the_docs_are_in_step():

@@ -280,5 +280,5 @@ def test_runs_on_two_ranks_and_in_two_parts_are_the_whole_run(
     assert table["rows"] == [] and table["answer_after"] is None
     # a meta-training may begin with what was trained so, and then chooses an engine
     more = [*own[:2], "run.name=whole", "outer.tasks=4", "outer.steps=5", "run.resume=auto", "inner.steps=1"]
-    later = ranks("mass.train:main", [*more, "outer.loss=gold"]).good().out[0]
+    later = ranks("mass.console:train", [*more, "outer.loss=gold"]).good().out[0]
     assert "meta-gradient: reverse, K = 1" in later

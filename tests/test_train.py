@@ -136,7 +136,7 @@ def test_deepspeed_stops_at_a_signal_with_a_save_and_auto_goes_on_to_the_end(
     assert 2 <= stopped < 200
     is_run_folder(tmp_path / "run", [stopped])
     assert "2 processes on cpu" in out
-    ranks("mass.train:main", [str(recipe), *own, f"outer.steps={stopped + 1}"], world=2).good()
+    ranks("mass.console:train", [str(recipe), *own, f"outer.steps={stopped + 1}"], world=2).good()
     is_run_folder(tmp_path / "run", [stopped, stopped + 1])
     assert json.loads((step_of(tmp_path / "run", stopped) / "meta.json").read_text())["world_size"] == 2
 
@@ -214,7 +214,7 @@ def test_bad_input_ends_with_one_clear_sentence_and_no_half_written_file(
     own = [f"run.folder={runs}", "outer.steps=1"]
 
     def refused(*overrides: str, file: Path = recipe, world: int = 1) -> Done:
-        return ranks("mass.train:main", [str(file), *own, *overrides], world=world)
+        return ranks("mass.console:train", [str(file), *own, *overrides], world=world)
 
     one_sentence(refused("outer.taks=3"), "outer.taks", "outer.tasks")
     not_yaml = lines(tmp_path / "broken.yaml", "run: {name: x", "model: [")

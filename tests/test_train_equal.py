@@ -104,8 +104,8 @@ def test_the_scorer_s_parameters_move_by_their_gradient_and_not_by_rounding(
 def test_four_ranks_with_one_task_are_one_rank_with_four(ranks: Ranks, recipe: Path, tmp_path: Path) -> None:
     """At stage 3, where no rank has the whole base."""
     own = [str(recipe), f"run.folder={tmp_path}", "outer.steps=3", "save.every=3", "generate.temperature=1.4"]
-    ranks("mass.train:main", [*own, "run.name=one", "outer.tasks=4"]).good()
-    ranks("mass.train:main", [*own, "run.name=four", "outer.tasks=1", "zero.stage=3"], world=4).good()
+    ranks("mass.console:train", [*own, "run.name=one", "outer.tasks=4"]).good()
+    ranks("mass.console:train", [*own, "run.name=four", "outer.tasks=1", "zero.stage=3"], world=4).good()
     equal_runs([(tmp_path / "one", tmp_path / "four")], steps=3)
 
 
@@ -221,7 +221,7 @@ def test_n_steps_are_half_resume_half_bitwise(ranks: Ranks, recipe: Path, tmp_pa
         )
         first.good()
         second = ranks(
-            "mass.train:main", [*more, f"run.name={parts.name}", "run.resume=auto"], world=world
+            "mass.console:train", [*more, f"run.name={parts.name}", "run.resume=auto"], world=world
         ).good()
         assert (
             "continuing" in second.out[0]
@@ -246,7 +246,7 @@ def test_n_steps_are_half_resume_half_bitwise(ranks: Ranks, recipe: Path, tmp_pa
 
     # two ranks at stage 2 stopped at step 2; one rank at stage 0 goes on in a run of its own
     start = step_of(tmp_path / "parts2", 2)
-    ranks("mass.train:main", [*own, "run.name=moved", "outer.tasks=4", f"run.resume={start}"]).good()
+    ranks("mass.console:train", [*own, "run.name=moved", "outer.tasks=4", f"run.resume={start}"]).good()
     a, b = tensors(step_of(tmp_path / "whole2", 4)), tensors(step_of(tmp_path / "moved", 4))
     for key in a:
         gap = (a[key].double() - b[key].double()).abs().max().item()
@@ -268,7 +268,7 @@ def test_resume_at_other_sizes_and_stages(ranks: Ranks, recipe: Path, tmp_path: 
     moved = [*own, "run.name=moved", "run.resume=auto"]
     for world, stage, steps in ((2, 1, 1), (1, 3, 2), (2, 0, 4)):
         size = [f"outer.tasks={4 // world}", f"zero.stage={stage}", f"outer.steps={steps}"]
-        ranks("mass.train:main", [*moved, *size], world=world).good()
+        ranks("mass.console:train", [*moved, *size], world=world).good()
     a, one = tensors(step_of(tmp_path / "whole", 4)), log_of(tmp_path / "whole")
     assert all(x["reward/solve_after"] > 0 and x["tokens/generated"] > 0 for x in one[:4])
     for name in ("moved", "accumulated"):
@@ -295,10 +295,10 @@ def test_resuming_beyond_the_last_step_ends_without_a_traceback(
     ranks: Ranks, recipe: Path, tmp_path: Path
 ) -> None:
     own = [str(recipe), f"run.folder={tmp_path}"]
-    ranks("mass.train:main", [*own, "outer.steps=2"]).good()
+    ranks("mass.console:train", [*own, "outer.steps=2"]).good()
     kept = [tmp_path / "run" / name for name in ("recipe.yaml", "latest", "log.jsonl", "samples.jsonl")]
     before = [path.read_bytes() for path in kept]
-    done = ranks("mass.train:main", [*own, "outer.steps=1", "run.resume=auto"])
+    done = ranks("mass.console:train", [*own, "outer.steps=1", "run.resume=auto"])
     one_sentence(done, "outer.steps=1", f"{tmp_path}/run/step_000002 is at step 2", "Raise outer.steps")
     assert done.codes == [2]
     assert [path.read_bytes() for path in kept] == before
@@ -307,7 +307,7 @@ def test_resuming_beyond_the_last_step_ends_without_a_traceback(
 
 def evaluated(words: list[str], wanted: list[int]) -> None:
     """A run whose held-out evaluations have to take so many problems at once."""
-    from mass import train
+    from mass import console, train
 
     whole, seen = train.evaluate, []
 
@@ -316,7 +316,7 @@ def evaluated(words: list[str], wanted: list[int]) -> None:
         return whole(*arguments, batch=batch, **more)
 
     train.evaluate = evaluate
-    train.main(words)
+    console.train(words)
     assert seen == wanted, seen
 
 

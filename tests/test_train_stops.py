@@ -14,7 +14,7 @@ from runs import STEP_FILES, is_run_folder, log_of, one_sentence, step_of, tenso
 def disturbed(argv: list[str], what: str, steps: list[int], rank: int) -> None:
     """`mass-train` in which this happens at these steps: gradients become NaN, or a signal comes, on one rank only."""
     from mass import episode
-    from mass.train import main
+    from mass.console import train
 
     whole = episode.run
 
@@ -28,7 +28,7 @@ def disturbed(argv: list[str], what: str, steps: list[int], rank: int) -> None:
         return result
 
     episode.run = run
-    main(argv)
+    train(argv)
 
 
 @pytest.mark.slow
@@ -39,7 +39,7 @@ def test_sigterm_stops_one_process_with_a_save(ranks: Ranks, recipe: Path, tmp_p
     is_run_folder(tmp_path / "run", [2])
     assert "stopped at step 2 on request; run.resume=auto continues" in done.out[0]
     assert "stopping after this step" in done.err[0]
-    ranks("mass.train:main", [*own, "run.resume=auto"]).good()
+    ranks("mass.console:train", [*own, "run.resume=auto"]).good()
     is_run_folder(tmp_path / "run", [2, 3])
 
 
@@ -99,7 +99,7 @@ def test_a_run_branched_from_another_s_step_goes_on_from_there_when_it_is_killed
     ranks("test_train_stops:disturbed", [*own, "run.name=a", "outer.steps=2"], "nan", [0], 0).good()
     start, branch = step_of(tmp_path / "a", 2), [*own, "outer.steps=4", "save.every=50"]
     from_a = [*branch, f"run.resume={start}"]
-    ranks("mass.train:main", [*from_a, "run.name=whole"]).good()
+    ranks("mass.console:train", [*from_a, "run.name=whole"]).good()
     done = ranks("test_train_stops:disturbed", [*from_a, "run.name=b"], "SIGKILL", [3], 0)
     assert done.codes == [-9], done
     # the step that its parent skipped is no news
@@ -107,7 +107,7 @@ def test_a_run_branched_from_another_s_step_goes_on_from_there_when_it_is_killed
     is_run_folder(tmp_path / "b", [2])
     for name in STEP_FILES - {"meta.json"}:
         assert (step_of(tmp_path / "b", 2) / name).read_bytes() == (start / name).read_bytes(), name
-    done = ranks("mass.train:main", [*branch, "run.name=b", "run.resume=auto"]).good()
+    done = ranks("mass.console:train", [*branch, "run.name=b", "run.resume=auto"]).good()
     assert f"continuing {tmp_path}/b/step_000002 at step 2" in done.out[0]
     assert [entry["step"] for entry in log_of(tmp_path / "b")] == [2, 3, 4]
     is_run_folder(tmp_path / "b", [2, 4])
@@ -122,7 +122,7 @@ def test_a_full_disk_while_saving_loses_nothing_that_was_saved(
     ranks: Ranks, recipe: Path, small_disk: Path, world: int
 ) -> None:
     own = [str(recipe), f"run.folder={small_disk}", "log.tensorboard=false"]
-    one = ranks("mass.train:main", [*own, "outer.steps=1"], world=world).good()
+    one = ranks("mass.console:train", [*own, "outer.steps=1"], world=world).good()
     assert "done" in one.out[0]
     # room for two thirds of another save
     size = sum(path.stat().st_size for path in step_of(small_disk / "run", 1).rglob("*") if path.is_file())
@@ -131,11 +131,11 @@ def test_a_full_disk_while_saving_loses_nothing_that_was_saved(
     assert filler > 0, "the disk is too small for the test"
     (small_disk / "filler").write_bytes(b"x" * filler)
     before = tensors(step_of(small_disk / "run", 1))
-    done = ranks("mass.train:main", [*own, "run.resume=auto"], world=world)
+    done = ranks("mass.console:train", [*own, "run.resume=auto"], world=world)
     one_sentence(done, "no space left while saving step_000002", "step_000001 and earlier saves are safe")
     is_run_folder(small_disk / "run", [1], tensorboard=False)
     after = tensors(step_of(small_disk / "run", 1))
     assert after.keys() == before.keys() and all(torch.equal(after[key], x) for key, x in before.items())
     (small_disk / "filler").unlink()
-    ranks("mass.train:main", [*own, "run.resume=auto", "outer.steps=2", "save.keep=1"], world=world).good()
+    ranks("mass.console:train", [*own, "run.resume=auto", "outer.steps=2", "save.keep=1"], world=world).good()
     is_run_folder(small_disk / "run", [2], tensorboard=False)
