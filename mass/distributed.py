@@ -55,6 +55,11 @@ def start(device: str = "auto", patience: float = 600.0) -> World:
     # DeepSpeed 0.19 still calls collectives by names that torch 2.13 deprecates, at every step.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if on_cuda:
+        if local >= torch.cuda.device_count():
+            raise MassError(
+                f"this machine has {torch.cuda.device_count()} GPU(s), and process {local + 1} on it wants one of its own. "
+                "Start no more processes than GPUs (deepspeed --num_gpus, torchrun --nproc_per_node)"
+            )
         torch.cuda.set_device(chosen)
     if not dist.is_initialized():
         deepspeed.init_distributed(

@@ -45,6 +45,10 @@ WAITS = {
     ("rowkernel.py", "library"),
     ("stepfolder.py", "write"),
     ("log.py", "write_atomic"),
+    ("checkpoint.py", "save"),
+    ("log.py", "scalars"),
+    ("log.py", "samples"),
+    ("log.py", "close"),
 }
 _HERE = str(Path(__file__).parent)
 
@@ -194,6 +198,9 @@ class Watchdog:
             others = [(0, self.peers[0])] if self.rank != 0 else []
         for rank, peer in others:
             if now - peer.heard > GONE and not peer.left or rank == 0 and now - self._answered > GONE:
+                if peer.left:
+                    # rank 0 said why, and took the store with it
+                    return f"rank {rank} ({peer.host}) left: {peer.left}"
                 return f"rank {rank} ({peer.host}) is gone or stopped, last seen in {peer.where}"
         return None
 
@@ -228,6 +235,9 @@ def watching(rank: int, size: int, patience: float) -> Iterator[Watchdog]:
     except BaseException as error:
         if size == 1:
             raise
+        if isinstance(error, KeyboardInterrupt):
+            watch.close("interrupted")
+            os._exit(130)
         # a collective fails at once where a peer has died; which and why is what a reader wants to know
         reason = watch.explain() if isinstance(error, RuntimeError) else None
         if reason is None:

@@ -5,6 +5,7 @@ Damage to saved files is in test_checkpoint.py, full disks, signals and gradient
 test_train_stops.py, verifiers by themselves in test_judge.py.
 """
 
+import math
 import os
 import re
 import signal
@@ -313,3 +314,14 @@ def test_the_tests_that_the_documentation_names_exist() -> None:
         assert named or cell == "the same", row
         for file, name in named:
             assert f"def {name}(" in (ROOT / "tests" / file).read_text(), (file, name)
+
+
+def test_rank_0_s_last_words_outlive_its_store() -> None:
+    """It left with a reason, and the store went with it before the others' time for the same mistake was over."""
+    watch = Watchdog(0, 1, patience=100)
+    watch.rank = 1
+    watch._answered = -math.inf
+    watch.peers = [Peer(where="save", host="process 7 on a", left="no space left"), Peer()]
+    assert watch._gone() == "rank 0 (process 7 on a) left: no space left"
+    watch.peers[0].left = ""
+    assert watch._gone() == "rank 0 (process 7 on a) is gone or stopped, last seen in save"

@@ -276,3 +276,17 @@ def test_the_docs_are_in_step():
 def test_a_rank_works_on_no_more_tasks_than_a_step_has(tasks: int, at_once: object, together: int) -> None:
     own = [f"outer.tasks={tasks}", f"outer.tasks_at_once={at_once}"]
     assert load(ROOT / "recipes/smoke.yaml", own).outer.together == together
+
+
+def test_ctrl_c_before_the_loop_is_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mass import console, train
+
+    def follow(order: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "follow", follow)
+    with pytest.raises(SystemExit) as caught:
+        console.train([str(ROOT / "recipes/smoke.yaml")])
+    assert caught.value.code == 130 and capsys.readouterr().err == "mass-train: interrupted\n"
