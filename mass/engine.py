@@ -202,6 +202,11 @@ class Outer:
             return False, norms
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(group["name"])
+        # what is kept as it is has no share in the norm that the others are clipped by
+        kept = {group for group, lr in self.lr.items() if lr == 0}
+        gradients = {
+            key: torch.zeros_like(g) if key.partition("/")[0] in kept else g for key, g in gradients.items()
+        }
         self.engine.backward(self.engine(gradients))
         self.engine.step()
         self.step_count += 1

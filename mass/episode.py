@@ -109,7 +109,7 @@ def run(
     loop = _inner_loop(batch, clock, score_TN.detach(), "after")
     by_score_TN = loop.by_score_TN
     with clock("outer"):
-        solving = recipe.outer.gamma > 0
+        solving = recipe.outer.gamma > 0 and recipe.outer.lr_policy > 0
         before = outer_loss(setting, tasks, solve_shots, start, step, "before", need_grad=solving)
     writes = recipe.outer.writes and not given
     reward = _reward(batch, clock, score_TN.detach(), loop, writes)
@@ -120,7 +120,7 @@ def run(
         if writes:
             kl = _generator_gradient(setting, practice, reward.advantage_TN, one, gradients)
         for key in policy:
-            if recipe.outer.gamma > 0:
+            if solving:
                 gradients[f"policy/{key}"] += recipe.outer.gamma * before.grad[key].sum(0) / T
             if loop.meta.init is not None:
                 gradients[f"policy/{key}"] += loop.meta.init[key].sum(0) / T
@@ -190,7 +190,7 @@ def _inner_loop(batch: TaskBatch, clock: "Clock", score_TN: Tensor, when: str) -
             max_growth=recipe.inner.max_growth,
             parts=setting.parts if setting.checkpoint else None,
             last=products.record if isinstance(products, metagrad.Reverse) else None,
-            count=metagrad.RECORDED,
+            count=metagrad.recorded(recipe.inner.steps, recipe.meta_gradient.truncate),
             keep_grads=learns_lr or recipe.meta_gradient.one_sided,
         )
     with clock("outer"):

@@ -120,6 +120,11 @@ def sweep(
 RECORDED = 2
 
 
+def recorded(steps: int, truncate: int | None = None) -> int:
+    """How many of K steps `reverse` records: of those that the way back takes, the last."""
+    return min(steps, truncate or steps, RECORDED)
+
+
 class Reverse:
     """Reverse over reverse. The last steps can be taken by `record`, which keeps their second-order graph for the sweep;
     the graph of any other step is made again, one at a time."""

@@ -309,3 +309,40 @@ def test_a_process_by_itself_reduces_without_a_group() -> None:
     assert distributed.gather_bytes(torch.tensor([3], dtype=torch.uint8))[0].tolist() == [3]
     assert distributed.any_rank(True) and not distributed.any_rank(False)
     assert distributed.mean_over_ranks({"a": torch.ones(2)})["a"].tolist() == [1.0, 1.0]
+
+
+def kept_as_it_is(stage: int) -> None:
+    """A group whose rate is 0 has a norm that is told, and no share in the one that the others are clipped by."""
+    world = distributed.start("cpu")
+    tree, results = groups(), []
+    for spoil in (1.0, 1e6):
+        outer = Outer(tree, LR | {"scorer": 0.0}, settings(stage, CLIP), warmup=WARMUP, device=world.device)
+        own = {key: g * spoil if key.startswith("scorer") else g for key, g in gradients(0, 0, tree).items()}
+        applied, norms = outer.step(own)
+        assert applied and norms["scorer"] > spoil / 10
+        results.append(values(outer))
+        state = outer.state()
+        size = torch.cat([state[f"m:{key}"].flatten() for key in own]).norm()
+        # the first moment after one step is a tenth of the clipped gradient
+        assert size == pytest.approx(0.1 * CLIP, rel=1e-4)
+    for key, x in flat(tree).items():
+        assert torch.equal(results[0][key], results[1][key]), key
+        assert torch.equal(results[0][key], x) == key.startswith("scorer"), key
+    distributed.stop()
+
+
+@pytest.mark.multiprocess
+def test_what_is_kept_as_it_is_does_not_clip_the_rest(ranks: Ranks) -> None:
+    for stage in (0, 2):
+        ranks("test_distributed:kept_as_it_is", stage).good()
+
+
+def test_more_processes_than_gpus_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    import deepspeed  # noqa: F401  # before there is a GPU to look at
+
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(MassError, match=r"this machine has 4 GPU\(s\), and process 5 on it wants one"):
+        distributed.start("auto")

@@ -1,6 +1,7 @@
 """The gradients of one outer step against differences or a plain loop (tests/steps.py)."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from steps import (
 )
 from torch import Tensor
 
-from mass import episode
+from mass import episode, metagrad
 
 ADAM = ("inner.optimizer=adam", "inner.lr=0.01", "inner.eps_root=1e-4")
 CLIPPED = ("inner.lr=0.2", "inner.clip=0.5")
@@ -165,3 +166,31 @@ def test_scorer_l2_pulls_the_scores_together(monkeypatch: pytest.MonkeyPatch) ->
     numeric = slope(penalty, world.eta, direction)
     got = along(result, "scorer", direction) - along(without, "scorer", direction)
     assert got == pytest.approx(numeric, rel=1e-6) and abs(got) > 1e-3
+
+
+@pytest.mark.parametrize("words", [["inner.steps=2", "meta_gradient.truncate=1"], ["inner.steps=2"]])
+def test_reverse_keeps_no_graph_that_the_way_back_does_not_take(
+    monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    kept: list[int] = []
+    sweep = metagrad.sweep
+
+    def swept(products: metagrad.Reverse, *arguments: Any, **more: Any) -> Any:
+        kept.append(len(products._kept))
+        out = sweep(products, *arguments, **more)
+        kept.append(len(products._kept))
+        return out
+
+    monkeypatch.setattr(metagrad, "sweep", swept)
+    make_world(monkeypatch, *SGD, *ONLY_META, "meta_gradient.mode=reverse", *words).run()
+    assert kept == [1 if len(words) == 2 else 2, 0]
+
+
+def test_a_policy_that_is_kept_has_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of the solver loss either, which would be a backward pass for nothing and a share in the clipped norm."""
+    kept = make_world(monkeypatch, *SGD, "outer.lr_policy=0", "outer.gamma=0.5").run()
+    moves = make_world(monkeypatch, *SGD, "outer.gamma=0.5").run()
+    for key, g in kept.gradients.items():
+        assert (g == 0).all() == key.startswith("policy/"), key
+        assert (moves.gradients[key] != 0).any(), key
+    assert kept.metrics["meta/loss_before"] == pytest.approx(moves.metrics["meta/loss_before"])
