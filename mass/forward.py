@@ -153,8 +153,8 @@ def loss_and_grad(
 
 
 def chunk_rows(hf: PreTrainedModel) -> int:
-    """How many target tokens have logits at one time."""
-    return CHUNK_ROWS.get(hf.device.type, CHUNK_ROWS["cuda"])
+    """How many target tokens have logits at one time: by the device of the model, or of the one that it is a copy of."""
+    return CHUNK_ROWS.get(getattr(hf, "stands_for", hf.device.type), CHUNK_ROWS["cuda"])
 
 
 def head_rows(

@@ -121,26 +121,29 @@ def predict(
     recompute: bool = True,
     checkpoint: bool = False,
     rule: Rule | None = None,
+    truncate: int | None = None,
     need_init: bool = False,
     keep_grads: bool = True,
     policy: Packed | None = None,
     with_kl: bool = False,
     loops: int = 1,
+    device: str | None = None,
     seen: dict[bool, int] | None = None,
 ) -> Peak:
     """Peak bytes over the weights of K inner steps, the outer gradient, the way back and the generator's policy gradient.
 
     `inner` and `outer` are batches of the largest shapes to expect (their numbers do not matter). `recompute` is
-    blockwise's; `checkpoint` says that first-order passes recompute block by block. `need_init`: dL/dphi_0 is wanted.
+    blockwise's; `checkpoint` says that first-order passes recompute block by block. `truncate`: how many steps the way back takes (None: all). `need_init`: dL/dphi_0 is wanted.
     `keep_grads`: `inner.adapt`'s; where it is False and the rule may clip, it is taken that it does. `policy`: the micro-batch of the policy gradient,
     of one adapter (None: the generator is not trained), `with_kl` as for `predict_outer`. `loops`: inner loops of a step
-    whose trajectories are held together. `seen`: a dict that calls on the same model and batches share, for what engines have in common (first-order passes).
+    whose trajectories are held together. `device`: the type of device that it is for (None: where the model lies). `seen`: a dict that calls on the same model and batches share, for what engines have in common (first-order passes).
     """
     rule = rule or Rule()
-    need_hessian = need_init or steps > 1
+    back = min(steps, truncate or steps)
+    need_hessian = need_init or back > 1
     exact = torch.float64 if next(hf.parameters()).dtype == torch.float64 else torch.float32
     T = inner.tokens_TPS.shape[0]
-    recorded = min(steps, metagrad.RECORDED) if engine == "reverse" else 0
+    recorded = metagrad.recorded(steps, truncate) if engine == "reverse" else 0
     known = {} if seen is None else seen
     measure = checkpoint not in known
     first_order: list[int] = []
@@ -151,7 +154,7 @@ def predict(
         examples, last = (_fake(packed, mode) for packed in (inner, outer))
         weight_TN = torch.ones(examples.count_TN.shape, dtype=exact)
         for depth in DEPTHS:
-            model = shallow(hf, parts, shape, depth)
+            model = shallow(hf, parts, shape, depth, device or hf.device.type)
             adapter = _adapter(model.layers, shape.rank, T, exact)
             size.append(sum(x.nbytes for x in adapter.values()))
             own = model.parts if checkpoint else None
@@ -194,16 +197,17 @@ def predict_outer(
     *,
     checkpoint: bool = False,
     with_kl: bool = False,
+    device: str | None = None,
 ) -> Peak:
     """Peak bytes over the weights of the outer loss's gradient by one adapter: all that there is without an inner loop.
-    `with_kl`: the loss has the divergence from the base model."""
+    `with_kl`: the loss has the divergence from the base model. `device`: as for `predict`."""
     exact = torch.float64 if next(hf.parameters()).dtype == torch.float64 else torch.float32
     first_order: list[int] = []
     size: list[int] = []
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         batch = _fake(outer, mode)
         for depth in DEPTHS:
-            model = shallow(hf, parts, shape, depth)
+            model = shallow(hf, parts, shape, depth, device or hf.device.type)
             adapter = _adapter(model.layers, shape.rank, 1, exact)
             size.append(sum(x.nbytes for x in adapter.values()))
             with _counting(first_order):
@@ -244,9 +248,10 @@ def choose(
     steps: int,
     memory_gb: float | None = None,
     ranks: int = 1,
-    gathered: int = 0,
+    taken: int = 0,
     checkpoint: bool = False,
     rule: Rule | None = None,
+    truncate: int | None = None,
     need_init: bool = False,
     keep_grads: bool = True,
     policy: Packed | None = None,
@@ -254,10 +259,10 @@ def choose(
     loops: int = 1,
 ) -> Choice:
     """The fastest exact engine that fits into `memory_gb` (default: what the device has free, shared by `ranks`) beside
-    `gathered` bytes of a sharded base.
+    `taken` bytes that are not held yet: the outer parameters and their optimizer's state, the gathered parts of a sharded base.
 
     `parts` None: the blocks were not found, so reverse is the only one. `checkpoint`: first-order passes recompute
-    anyhow (inner.checkpoint). `policy`, `with_kl`, `loops`: as for `predict`. Raises MassError when none fits. Takes seconds, so it belongs to a run's start.
+    anyhow (inner.checkpoint). `truncate`, `policy`, `with_kl`, `loops`: as for `predict`. Raises MassError when none fits. Takes seconds, so it belongs to a run's start.
     """
     if memory_gb is not None:
         limit, whose = memory_gb * 1e9, "meta_gradient.memory_gb"
@@ -273,12 +278,12 @@ def choose(
         again = parts is not None and (checkpoint or own_checkpoint)
         peak = predict(
             hf, parts, shape, inner, outer, engine=engine, steps=steps, recompute=recompute, checkpoint=again, rule=rule,
-            need_init=need_init, keep_grads=keep_grads, policy=policy, with_kl=with_kl, loops=loops, seen=seen,
+            truncate=truncate, need_init=need_init, keep_grads=keep_grads, policy=policy, with_kl=with_kl, loops=loops, seen=seen,
         )  # fmt: skip
         words = engine + {("blockwise", False): " without recomputation"}.get((engine, recompute), "")
         words += " with recomputed first-order passes" if again else ""
-        total = peak.total + gathered
-        need = f"{words} needs {total / 1e9:.2f} GB over {'its part of ' if gathered else ''}the weights"
+        total = peak.total + taken
+        need = f"{words} needs {total / 1e9:.2f} GB over the weights"
         if total <= limit:
             why = "; ".join(
                 [f"{need}, {limit / 1e9:.2f} GB {whose}", *(f"too large: {one}" for one in tried)]
@@ -288,7 +293,7 @@ def choose(
         least = min(least, total)
     raise MassError(
         f"meta_gradient.mode=auto: no exact engine fits into {limit / 1e9:.2f} GB ({whose}): {'; '.join(tried)}. "
-        f"Raise meta_gradient.memory_gb to {least / 1e9:.2f}, or lower outer.tasks, outer.micro_rows, generate.examples or "
+        f"Raise meta_gradient.memory_gb to {least / 1e9:.2f}, or lower outer.tasks_at_once, outer.micro_rows, generate.examples or "
         "generate.max_new_tokens, or take meta_gradient.mode=finite_difference with inner.checkpoint=true."
     )
 

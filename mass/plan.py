@@ -63,6 +63,7 @@ def make(recipe: Recipe, ranks: int, engines: Collection[str] = tuple(ENGINES)) 
     hf = hf.eval().requires_grad_(False)
     sharded = base_is_sharded(r, ranks)
     on_cpu = _on_cpu(r.model.device)
+    device = "cpu" if on_cpu else "cuda"
     base = _bytes(hf)
     head = hf.get_output_embeddings().weight
     units = _unit_bytes(hf)
@@ -73,7 +74,7 @@ def make(recipe: Recipe, ranks: int, engines: Collection[str] = tuple(ENGINES)) 
     parts = blocks.find(hf, layers)
     text = config.get_text_config()
     adapter = sum((x.weight.shape[0] + x.weight.shape[1]) * shape.rank for x in layers.values())
-    outer, state = _outer_bytes(adapter, r.zero.stage, ranks)
+    outer, state = outer_bytes(adapter, r.zero.stage, ranks)
     own = [unit // ranks for unit in units]
     moves_base = r.zero.offload == "all" and sharded and not on_cpu
     moves_state = r.zero.offload != "no" and not on_cpu
@@ -109,7 +110,7 @@ def make(recipe: Recipe, ranks: int, engines: Collection[str] = tuple(ENGINES)) 
     seen: dict[bool, int] = {}
     if not i.steps:
         peaks[NO_LOOP] = memory.predict_outer(
-            hf, parts, shape, last, checkpoint=i.checkpoint, with_kl=_has_kl(r)
+            hf, parts, shape, last, checkpoint=i.checkpoint, with_kl=_has_kl(r), device=device
         )
     for name in engines if i.steps else ():
         engine, recompute, again, *_ = ENGINES[name]
@@ -117,8 +118,9 @@ def make(recipe: Recipe, ranks: int, engines: Collection[str] = tuple(ENGINES)) 
         if key not in same:
             same[key] = memory.predict(
                 hf, parts, shape, inner, last, engine=engine, steps=i.steps, recompute=recompute, checkpoint=key[2],
-                rule=rule, need_init=r.outer.through_init, keep_grads=i.learned_lr != "no", policy=policy,
-                with_kl=r.outer.holds, loops=loops_held(r), seen=seen,
+                rule=rule, truncate=r.meta_gradient.truncate, need_init=r.outer.through_init,
+                keep_grads=i.learned_lr != "no", policy=policy, with_kl=r.outer.holds, loops=loops_held(r),
+                device=device, seen=seen,
             )  # fmt: skip
         peaks[name] = same[key]
     rows = min(r.generate.batch_rows, T * max(N, G))
@@ -224,7 +226,7 @@ def _packed_bytes(hf: torch.nn.Module) -> int:
     return sum(w.nbytes for w in linears if w.dtype == torch.bfloat16)
 
 
-def _outer_bytes(size: int, stage: int, ranks: int) -> tuple[int, int]:
+def outer_bytes(size: int, stage: int, ranks: int) -> tuple[int, int]:
     """fp32: the value and its gradient; Adam's two moments, and from stage 1 on a master copy."""
     state = (2 if stage == 0 else 3) * size * 4 // (ranks if stage else 1)
     value = size * 4 // (ranks if stage == 3 else 1)

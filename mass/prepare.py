@@ -83,11 +83,11 @@ def _tokens(setting: Setting, task: Task, shots: Shots) -> int:
 
 
 def make_setting(
-    recipe: Recipe, world: World, pool: list[Task], saved: list[Any] | None
+    recipe: Recipe, world: World, pool: list[Task], began: dict[str, Any] | None
 ) -> tuple[Setting, str]:
     """Load the model and put together what stays the same over all steps; and the base model's fingerprint.
 
-    `saved`: the engine in the checkpoint that the run goes on from, None where there is none.
+    `began`: what the checkpoint that the run goes on from has of its engine (`engine` and `asked`), None where there is none.
     """
     m, i, z = recipe.model, recipe.inner, recipe.zero
     shards = None
@@ -121,7 +121,7 @@ def make_setting(
         tokenizer, recipe.prompt.style, recipe.prompt.solve_instruction, recipe.prompt.generate_instruction
     )
     rule = Rule(i.optimizer, i.momentum, i.beta1, i.beta2, i.eps, i.eps_root, i.clip)
-    engine, recompute, again, why = _choose(recipe, lm, parts, mode, prompts, pool, rule, world, saved)
+    engine, recompute, again, why = _choose(recipe, lm, parts, mode, prompts, pool, rule, world, began)
     verifier, head = Verifier(), head.to(world.device)
     return Setting(
         recipe, lm, parts, engine, recompute, again, why, prompts, pool, verifier, rule, head
@@ -150,16 +150,19 @@ def _choose(
     pool: list[Task],
     rule: Rule,
     world: World,
-    saved: list[Any] | None,
+    began: dict[str, Any] | None,
 ) -> tuple[str, bool, bool, str]:
     """(engine, recompute, first-order passes block by block, why). `auto` plans for the longest texts that may come; a
-    resumed run keeps its choice."""
+    resumed run keeps its choice, unless something else is asked for now."""
     if recipe.inner.steps == 0:
         return NO_ENGINE, True, recipe.inner.checkpoint, "nothing is second-order without an inner loop"
     if mode != "auto":
         return mode, True, recipe.inner.checkpoint, "as the recipe says"
-    if saved is not None and saved[0] != NO_ENGINE:
-        return saved[0], saved[1], saved[2], "as the run began"
+    if began is not None and began["engine"][0] != NO_ENGINE:
+        # older checkpoints have no `asked`
+        if began.get("asked", asked_for(recipe)) == asked_for(recipe):
+            engine, recompute, again = began["engine"]
+            return engine, recompute, again, "as the run began"
     r = recipe
     examples, answers, policy = _longest(recipe, lm, prompts, pool)
     chosen: list[Any] = [None]
@@ -174,9 +177,10 @@ def _choose(
             steps=r.inner.steps,
             memory_gb=r.meta_gradient.memory_gb,
             ranks=world.size if world.device.type == "cpu" else 1,
-            gathered=lm.shards.working_bytes if lm.shards else 0,
+            taken=_not_held_yet(recipe, lm, world),
             checkpoint=r.inner.checkpoint,
             rule=rule,
+            truncate=r.meta_gradient.truncate,
             need_init=r.outer.through_init,
             keep_grads=r.inner.learned_lr != "no",
             policy=policy if r.outer.writes else None,
@@ -187,6 +191,22 @@ def _choose(
         dist.broadcast_object_list(chosen)
     choice = chosen[0]
     return choice.engine, choice.recompute, choice.checkpoint, choice.reason
+
+
+def _not_held_yet(recipe: Recipe, lm: LanguageModel, world: World) -> int:
+    """Bytes that a step holds beside its gradients, and that are not there while `auto` plans: the gathered parts of a sharded
+    base; the policy with its gradient, its optimizer's state and the copy that the step works with."""
+    r = recipe
+    size = sum(sum(layer.weight.shape) for layer in lm.lora.values()) * r.lora.rank
+    on_cpu = world.device.type == "cpu"
+    value, state = plan.outer_bytes(size, r.zero.stage, world.size)
+    state = 0 if r.zero.offload != "no" and not on_cpu else state
+    return (lm.shards.working_bytes if lm.shards else 0) + value + state + 4 * size
+
+
+def asked_for(recipe: Recipe) -> list[Any]:
+    """What the recipe says of the engine: a checkpoint has it beside the engine that was taken."""
+    return [recipe.meta_gradient.mode, recipe.meta_gradient.memory_gb, recipe.inner.checkpoint]
 
 
 def _longest(

@@ -24,8 +24,10 @@ class Copy:
     parts: Split | None
 
 
-def shallow(hf: PreTrainedModel, parts: Split | None, shape: LoraShape, depth: int) -> Copy:
-    """The model's architecture with `depth` blocks, all with adapters. Call it under a FakeTensorMode."""
+def shallow(hf: PreTrainedModel, parts: Split | None, shape: LoraShape, depth: int, device: str) -> Copy:
+    """The model's architecture with `depth` blocks, all with adapters. Call it under a FakeTensorMode.
+
+    The copy lies on the CPU and takes its passes as one on `device` (a type) would."""
     config = copy.deepcopy(hf.config)
     text = config.get_text_config()
     text.num_hidden_layers = depth
@@ -34,6 +36,7 @@ def shallow(hf: PreTrainedModel, parts: Split | None, shape: LoraShape, depth: i
         text.layer_types = [kinds[i % len(kinds)] for i in range(depth)]
     dtype = next(hf.parameters()).dtype
     fake = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+    fake.stands_for = device
     targets = tuple(_in_block(target, parts) for target in shape.targets)
     layers = attach(fake, replace(shape, targets=targets, last=None))
     if parts is None:

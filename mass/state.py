@@ -12,6 +12,7 @@ from mass.distributed import World
 from mass.engine import Outer
 from mass.errors import MassError
 from mass.log import write_atomic
+from mass.prepare import asked_for
 from mass.problems import Task
 from mass.recipe import Recipe
 from mass.setting import Setting
@@ -52,6 +53,7 @@ def save(
                 "extra": {
                     "inner_lr": {name: x.exp().item() for name, x in log_lr.items()},
                     "engine": [setting.engine, setting.recompute, setting.checkpoint],
+                    "asked": asked_for(recipe),
                 },
             },
         )

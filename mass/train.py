@@ -64,10 +64,10 @@ def _train(recipe: Recipe, world: World, watch: Watchdog) -> None:
     deepspeed_config(recipe, world)  # its errors come before the model is loaded
     run = _on_main(world, lambda: _open(recipe))
     train_tasks, heldout, pool = tasks_of(recipe)
-    saved_engine = checkpoint.read_meta(run.start)["extra"]["engine"] if run.start else None
+    began = checkpoint.read_meta(run.start)["extra"] if run.start else None
     if world.main:
         print(f"loading {recipe.model.path}", flush=True)
-    setting, fingerprint = make_setting(recipe, world, pool, saved_engine)
+    setting, fingerprint = make_setting(recipe, world, pool, began)
     if run.start is None:
         # a run that has begun goes on: its problems cannot be changed any more
         check_context(setting, train_tasks)

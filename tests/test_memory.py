@@ -13,7 +13,7 @@ import torch
 from ranks import Ranks
 from tiny import tiny
 
-from mass import lora, memory, metagrad
+from mass import forward, lora, memory, metagrad
 from mass.batch import Packed, Sequence, pack
 from mass.blocks import split
 from mass.errors import MassError
@@ -272,3 +272,34 @@ def test_predicting_leaves_the_model_alone() -> None:
     predict(hf, parts, batch(), engine="blockwise", steps=2)
     assert all(torch.equal(value, before[key]) for key, value in hf.state_dict().items())
     assert all(layer.slot is None for layer in parts.layers.values())
+
+
+def test_logits_are_predicted_in_the_chunks_of_the_device_that_is_planned_for() -> None:
+    """More of them at one time on a GPU; the copies that are measured lie on the CPU."""
+    hf, parts = model(vocab_size=20_000)
+    inner, last = batch(1), batch(examples=12)
+    rows = last.label_M.numel()
+    assert forward.CHUNK_ROWS["cpu"] < rows < forward.CHUNK_ROWS["cuda"]
+    cpu, cuda, own = (
+        memory.predict_outer(hf, parts, SHAPE, last, device=device).first_order
+        for device in ("cpu", "cuda", None)
+    )
+    assert own == cpu
+    # logits and their derivative, at least
+    more = (rows - forward.CHUNK_ROWS["cpu"]) * 20_000 * 4
+    assert cuda - cpu > 1.9 * more
+    whole = memory.predict(
+        hf, parts, SHAPE, inner, last, engine="blockwise", steps=1, device="cuda", seen=(seen := {})
+    )
+    assert whole.first_order == seen[False] > cpu
+
+
+def test_a_way_back_of_one_step_keeps_one_graph() -> None:
+    hf, parts = model()
+    how: dict[str, Any] = {"engine": "reverse", "seen": {False: 0}}
+    one, cut, two = (
+        predict(hf, parts, batch(), steps=k, truncate=j, **how).sweep
+        for k, j in ((1, None), (2, 1), (2, None))
+    )
+    assert one == cut < two
+    assert [metagrad.recorded(*x) for x in ((1,), (2,), (9,), (9, 1), (9, 5), (2, 1))] == [1, 2, 2, 1, 2, 1]

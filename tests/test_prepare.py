@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from mass import memory, prepare
+from mass import lora, memory, prepare
 from mass.batch import Packed, Sequence, pack
 from mass.blocks import attends_fully
 from mass.distributed import World
@@ -132,3 +132,51 @@ def test_a_model_without_blocks_is_not_recomputed_in_silence(monkeypatch: pytest
         MassError, match="not found.*inner.checkpoint=true needs the blocks too: set it to false"
     ):
         prepare.make_setting(recipe, World(0, 1, torch.device("cpu")), pool, None)
+
+
+def test_a_resumed_run_keeps_its_engine_until_something_else_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`auto` again with the memory and the recomputation that were asked for when the run began, and with others."""
+    monkeypatch.setattr(
+        memory,
+        "choose",
+        lambda *_, **__: memory.Choice("blockwise", True, True, memory.Peak(0, 0, 0), "chosen"),
+    )
+
+    def engine(*words: str, mode: str = "auto", **began: Any) -> tuple[str, bool, bool, str]:
+        recipe = load(ROOT / "recipes/smoke.yaml", [f"meta_gradient.mode={mode}", *words])
+        kept = {"engine": ["finite_difference", False, False]} | began
+        setting, _ = prepare.make_setting(recipe, World(0, 1, torch.device("cpu")), [], kept)
+        return setting.engine, setting.recompute, setting.checkpoint, setting.why
+
+    as_begun = ("finite_difference", False, False, "as the run began")
+    again = ("blockwise", True, True, "chosen")
+    on, off = "inner.checkpoint=true", "inner.checkpoint=false"
+    assert engine(off, asked=["auto", None, False]) == as_begun
+    assert engine(off) == as_begun, "a checkpoint of before this was saved"
+    assert engine(on, asked=["auto", None, False]) == again
+    assert engine(off, "meta_gradient.memory_gb=2", asked=["auto", None, False]) == again
+    assert engine(off, asked=["finite_difference", None, False]) == again, "what nobody asks for is exact"
+    assert engine(off, mode="reverse", asked=["auto", None, False])[0] == "reverse"
+    assert engine(off, engine=["none", True, False], asked=["auto", None, False]) == again
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_auto_leaves_room_for_what_is_made_after_it_has_chosen(
+    stage: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The policy with its gradient and moments, and the copy that a step works with."""
+    told: dict[str, Any] = {}
+
+    def choose(*_: Any, **how: Any) -> memory.Choice:
+        told.update(how)
+        return memory.Choice("reverse", True, False, memory.Peak(0, 0, 0), "")
+
+    monkeypatch.setattr(memory, "choose", choose)
+    words = ["meta_gradient.mode=auto", "meta_gradient.truncate=1", f"zero.stage={stage}"]
+    recipe = load(ROOT / "recipes/smoke.yaml", words)
+    setting, _ = prepare.make_setting(recipe, World(0, 1, torch.device("cpu")), [], None)
+    size = sum(x.nbytes for x in lora.fresh(setting.lm.lora, recipe.lora.rank, torch.Generator()).values())
+    # value, gradient, two moments and the copy; a sharded optimizer has a master copy, too
+    assert told["taken"] == (5 if stage == 0 else 6) * size and told["truncate"] == 1
