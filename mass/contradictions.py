@@ -39,7 +39,10 @@ def _at_all(r: Recipe) -> Iterator[tuple[str, str]]:
         yield "prompt.pool problems.size problems.train", f"{text}. Raise problems.size or lower prompt.pool."
     if r.guard.heldout and r.inner.max_growth is None:
         text = f"guard.heldout={r.guard.heldout:g} picks a step by losses that inner.max_growth=null does not look at"
-        yield "guard.heldout inner.max_growth", f"{text}. Leave inner.max_growth out."
+        yield (
+            "guard.heldout inner.max_growth",
+            f"{text}. Use inner.max_growth={KEYS['inner.max_growth'].default:g}.",
+        )
     if r.inner.optimizer == "adam" and r.inner.steps > 0 and r.inner.eps == r.inner.eps_root == 0:
         yield (
             "inner.optimizer inner.steps inner.eps inner.eps_root",
@@ -84,6 +87,12 @@ def _in_training(r: Recipe) -> Iterator[tuple[str, str]]:
             "inner.steps outer.through_init",
             f"{text}. Use outer.through_init=false, or inner.steps=1 or more.",
         )
+    if r.outer.lr_policy == 0 and r.outer.through_init:
+        text = "outer.through_init=true with outer.lr_policy=0: the policy, which the gradient is for, is kept as it is"
+        yield (
+            "outer.through_init outer.lr_policy",
+            f"{text}. Use outer.through_init=false, or raise outer.lr_policy.",
+        )
     if r.inner.steps == 0 and r.outer.lr_policy == 0:
         text = "inner.steps=0 with outer.lr_policy=0: without an inner loop only the policy is trained"
         yield "inner.steps outer.lr_policy", f"{text}. Raise outer.lr_policy, or use inner.steps=1 or more."
@@ -109,9 +118,14 @@ def _in_training(r: Recipe) -> Iterator[tuple[str, str]]:
     if r.inner.optimizer == "adam" and r.inner.momentum > 0:
         text = f"inner.momentum={r.inner.momentum:g} belongs to sgd, and inner.optimizer=adam"
         yield "inner.optimizer inner.momentum", f"{text}. Use inner.beta1, or inner.optimizer=sgd."
-    if r.inner.optimizer == "sgd" and r.inner.eps_root > 0:
-        text = f"inner.eps_root={r.inner.eps_root:g} belongs to adam, and inner.optimizer=sgd"
-        yield "inner.optimizer inner.eps_root", f"{text}. Remove it, or use inner.optimizer=adam."
+    for name in ("inner.beta1", "inner.beta2", "inner.eps_root") if r.inner.optimizer == "sgd" else ():
+        value, default = getattr(r.inner, name.partition(".")[2]), KEYS[name].default
+        if value != default:
+            text = f"{name}={value:g} belongs to adam, and inner.optimizer=sgd"
+            yield (
+                f"inner.optimizer {name}",
+                f"{text}. Use {name}={default:g}, or inner.optimizer=adam.",
+            )
     if r.inner.learned_lr != "no" and r.outer.lr_inner == 0:
         text = f"inner.learned_lr={r.inner.learned_lr} with outer.lr_inner=0 never learns"
         yield "inner.learned_lr outer.lr_inner", f"{text}. Use outer.lr_inner=1e-2, or inner.learned_lr=no."
@@ -162,9 +176,13 @@ def _in_training(r: Recipe) -> Iterator[tuple[str, str]]:
     if r.zero.offload == "all" and r.zero.stage < 3:
         text = f"zero.offload=all with zero.stage={r.zero.stage}: only the base of stage 3 is fetched as it is needed"
         yield "zero.offload zero.stage", f"{text}. Use zero.stage=3, or zero.offload=no."
-    if r.meta_gradient.one_sided and r.meta_gradient.mode in ("reverse", "blockwise"):
+    # auto takes exact engines alone
+    if r.meta_gradient.one_sided and r.meta_gradient.mode != "finite_difference":
         text = f"meta_gradient.one_sided=true with meta_gradient.mode={r.meta_gradient.mode}: only finite differences have sides"
-        yield "meta_gradient.one_sided meta_gradient.mode", f"{text}. Leave meta_gradient.one_sided out."
+        yield (
+            "meta_gradient.one_sided meta_gradient.mode",
+            f"{text}. Use meta_gradient.one_sided=false, or meta_gradient.mode=finite_difference.",
+        )
     if r.outer.beta_check > 0 and r.outer.reward == "example":
         text = f"outer.beta_check={r.outer.beta_check:g} with outer.reward=example: no token is left out of the reward"
         yield (

@@ -82,7 +82,18 @@ def test_what_is_required(write):
         (["inner.optimizer=adam", "inner.steps=1"], "eps_root=1e-4"),
         (["inner.optimizer=adam", "inner.eps=0"], "0/0 is NaN. Leave inner.eps out (1e-8)"),
         (["inner.optimizer=adam", "inner.momentum=0.9"], "inner.momentum=0.9 belongs to sgd"),
-        (["inner.eps_root=1e-4"], "inner.eps_root=0.0001 belongs to adam"),
+        (
+            ["inner.eps_root=1e-4"],
+            "eps_root=0.0001 belongs to adam, and inner.optimizer=sgd. Use inner.eps_root=0",
+        ),
+        (
+            ["inner.beta1=0.5"],
+            "inner.beta1=0.5 belongs to adam, and inner.optimizer=sgd. Use inner.beta1=0.9",
+        ),
+        (
+            ["inner.beta2=0.9"],
+            "inner.beta2=0.9 belongs to adam, and inner.optimizer=sgd. Use inner.beta2=0.999",
+        ),
         (["inner.learned_lr=one", "outer.lr_inner=0"], "never learns"),
         (["inner.learned_lr=layer", "inner.lr=0"], "starts at inner.lr=0"),
         (["meta_gradient.truncate=3"], "more than inner.steps=2"),
@@ -98,6 +109,11 @@ def test_what_is_required(write):
             ["meta_gradient.mode=reverse", "meta_gradient.one_sided=true"],
             "only finite differences have sides",
         ),
+        (
+            ["meta_gradient.one_sided=true"],
+            "mode=auto: only finite differences have sides. Use meta_gradient.one",
+        ),
+        (["outer.through_init=true", "outer.lr_policy=0"], "the policy, which the gradient is for, is kept"),
         (["outer.beta_check=1"], "no token is left out of the reward"),
         (["problems.demonstrations=2"], "training shows none"),
         (["prompt.pool=3"], "Use prompt.pool=4 or more"),
@@ -125,7 +141,7 @@ def test_a_contradiction_is_refused(write, overrides, part):
 def test_a_step_cannot_be_picked_by_losses_that_nobody_looks_at(write):
     with pytest.raises(MassError, match="inner.max_growth=null does not look at") as refused:
         load(write(NEEDED), ["guard.heldout=0.5", "inner.max_growth=null"], training=False)
-    assert "guard.heldout=0.5" in str(refused.value)
+    assert "guard.heldout=0.5" in str(refused.value) and "Use inner.max_growth=2." in str(refused.value)
     load(write(NEEDED), ["guard.heldout=0.5"], training=False)
 
 
@@ -135,7 +151,9 @@ def test_a_step_cannot_be_picked_by_losses_that_nobody_looks_at(write):
         ["inner.optimizer=adam", "inner.steps=2"],
         ["inner.optimizer=adam", "inner.steps=1", "inner.eps_root=1e-4"],
         ["inner.optimizer=adam", "inner.eps=0", "inner.eps_root=1e-4"],
-        ["inner.optimizer=sgd", "inner.eps=0"],
+        ["inner.optimizer=sgd", "inner.eps=0", "inner.beta1=0.9", "inner.beta2=0.999"],
+        ["inner.optimizer=adam", "inner.beta1=0.5", "inner.beta2=0.9"],
+        ["meta_gradient.mode=finite_difference", "meta_gradient.one_sided=true", "model.dtype=fp32"],
         ["generate.examples=1", "outer.lr_scorer=0"],
         ["inner.start=base", "outer.gamma=0"],
         ["meta_gradient.truncate=2", "outer.through_init=true"],
