@@ -189,6 +189,10 @@ def _in_training(r: Recipe) -> Iterator[tuple[str, str]]:
             "outer.beta_check outer.reward",
             f"{text}. Use outer.reward=answer or solution, or leave it out.",
         )
+    sources = [*r.problems.train, *(r.problems.heldout or [])]
+    if r.problems.verifier not in ("auto", "exact") and all(x.startswith("world:") for x in sources):
+        text = f"problems.verifier={r.problems.verifier} with problems of worlds alone, whose answers are judged by exact"
+        yield "problems.verifier problems.train problems.heldout", f"{text}. Use problems.verifier=auto."
     if r.problems.demonstrations > 0:
         text = f"problems.demonstrations={r.problems.demonstrations}: training shows none, so that they would only be lost to it"
         yield "problems.demonstrations", f"{text}. Leave it out here, and give it to mass-adapt or mass-eval."

@@ -116,6 +116,10 @@ def test_what_is_required(write):
         (["outer.through_init=true", "outer.lr_policy=0"], "the policy, which the gradient is for, is kept"),
         (["outer.beta_check=1"], "no token is left out of the reward"),
         (["problems.demonstrations=2"], "training shows none"),
+        (
+            ["problems.train=world:families", "problems.verifier=math"],
+            "problems of worlds alone, whose answers are judged by exact. Use problems.verifier=auto",
+        ),
         (["prompt.pool=3"], "Use prompt.pool=4 or more"),
         (["prompt.solve_shots=17"], "Use prompt.pool=17 or more"),
         (["prompt.pool=64", "problems.size=64"], "sets aside all of problems.size=64"),
@@ -161,6 +165,8 @@ def test_a_step_cannot_be_picked_by_losses_that_nobody_looks_at(write):
         ["zero.stage=1", "zero.offload=optimizer"],
         ["zero.stage=3", "zero.offload=all", "zero.prefetch=false"],
         ["outer.loss=verifier", "outer.rollouts=2"],
+        ["problems.train=world:families", "problems.verifier=exact"],
+        ["problems.train=world:families", "problems.heldout=a.jsonl", "problems.verifier=math"],
         ["prompt.pool=4"],
     ],
 )
