@@ -97,7 +97,8 @@ def load_tasks(
     shares. With `weights` (one for each source) every source gives its share of `size`: the first of a gym, a seeded
     choice of a file. The problems of one differ in content, so a small family may give fewer; that is logged.
     `split` picks the split of a dataset, and makes the gym's stream of problems differ from that of any other split. A
-    world's "train" are the problems that it has for training; any other split is what it holds out.
+    world's "train" are the problems that it has for training; any other split is what it holds out. A file is one split,
+    whatever its name, and a slice of that (train[:1000]) is of its lines.
     `demonstrations`: so many solved problems of each subject of a file or dataset demonstrate its others.
     `verifier` "auto" is gym for a gym, numeric for an answer that is one number, math for one with LaTeX, else exact.
     Raises MassError that names the source, the lines (up to 5, and how many) or the setting, and the way out.
@@ -220,7 +221,7 @@ def _row_tasks(
     path = Path(name).expanduser()
     rows: Iterable[tuple[int, Any]]
     if name.endswith((".jsonl", ".json")) or path.is_file():
-        unit, stem, rows = "line", path.stem, json_lines(read_file(name))
+        unit, stem, rows = "line", path.stem, _sliced(name, split, json_lines(read_file(name)))
     else:
         unit, stem, rows = "row", name.rpartition("/")[2].partition(":")[0], dataset_rows(name, split, names)
     tasks, bad = [], []
@@ -242,6 +243,28 @@ def _row_tasks(
     if not tasks:
         raise MassError(f"{name} holds no problem. It needs one JSON object a line with problem and answer.")
     return tasks
+
+
+def _sliced(name: str, split: str, rows: Iterable[tuple[int, Any]]) -> Iterable[tuple[int, Any]]:
+    """The lines of a file that the slice of a split picks, as `datasets` reads it; all where it has none."""
+    if "[" not in split:
+        return rows
+    import datasets
+
+    listed = list(rows)
+    try:
+        parts = datasets.ReadInstruction.from_spec(split).to_absolute({split.partition("[")[0]: len(listed)})
+    except (ValueError, AssertionError) as error:
+        raise MassError(
+            f"problems.split or problems.heldout_split is {split!r}, which cannot be taken of the file {name}: {error}. Write a "
+            "slice like train[:1000], or train for all of it."
+        ) from error
+    picked = [row for part in parts for row in listed[part.from_ : part.to]]
+    if listed and not picked:
+        raise MassError(
+            f"problems.split or problems.heldout_split is {split!r}, which picks none of the {len(listed)} lines of {name}."
+        )
+    return picked
 
 
 def _problem(row: Mapping[str, Any], names: Mapping[str, str]) -> Problem:

@@ -71,8 +71,11 @@ class Problems:
     columns: Columns = group(
         Columns, "columns of a data set; rows with a key problem but not this one have the defaults"
     )
-    split: str = key("train", "split of a hub data set to train on; a slice like train[:1000] will do")
-    heldout_split: str = key("test", "split of a hub data set to hold out")
+    split: str = key(
+        "train",
+        "split of a data set to train on, or a slice: train[:1000]; of a file, which is one split, the slice alone counts",
+    )
+    heldout_split: str = key("test", "the same of what is held out")
     demonstrations: int = key(
         0,
         "solved problems of each subject of a file set aside to demonstrate its others, at test time; 0 = none",

@@ -172,6 +172,33 @@ def test_unusable_files(tmp_path):
         load_tasks(str(tmp_path / "folder.jsonl"))
 
 
+def test_a_slice_of_a_split_is_of_a_files_lines_too(tmp_path):
+    """`problems.train=mine.jsonl` in the place of a data set that a recipe takes `train[:1000]` of."""
+    file = write(
+        tmp_path / "t.jsonl", ["", *({"problem": f"p{i}", "answer": "1"} for i in range(10)), "no row"]
+    )
+
+    def picked(split):
+        return "".join(text[1:] for text in texts(load_tasks(file, split=split)))
+
+    assert picked("train[:3]") == picked("test[:3]") == "012"
+    assert (picked("train[4:-5]"), picked("train[:27%]")) == ("45", "012")
+    assert picked("train[:2]+train[8:10]") == "0189"
+    # lines that are not asked for are not read
+    assert picked("train[:10]") == "0123456789"
+    for split in ("train", "test", "train[:1000]"):
+        with pytest.raises(MassError, match="t.jsonl:12: not JSON"):
+            picked(split)
+    for split, words in (
+        ("train[:2]+test[:2]", 'Unknown split "test"'),
+        ("train[:x]", "Unrecognized instruction format"),
+        ("train[90:]", "picks none of the 11 lines"),
+    ):
+        with pytest.raises(MassError, match=words) as raised:
+            picked(split)
+        assert f"problems.split or problems.heldout_split is {split!r}" in str(raised.value)
+
+
 def test_ids_are_unique_over_a_mixture(tmp_path):
     one = write(tmp_path / "one.jsonl", [{"problem": f"a{i}", "answer": "1", "id": i % 2} for i in range(4)])
     two = write(tmp_path / "two.jsonl", [{"problem": f"b{i}", "answer": "1", "id": i} for i in range(3)])
