@@ -266,11 +266,20 @@ def pick_shots(
         used |= {i, j}
         generate.append((given.problem.text, tasks[j].problem.text, tasks[j].solution))
     if len(generate) < pairs:
-        raise MassError(
-            f"{pairs} pairs of problems of one source wanted as shots and {len(generate)} found among {len(tasks)}: "
-            f"lower prompt.generate_shots, or raise prompt.pool to {2 * pairs} or more for each source (at most half of the "
-            "training problems are set aside)"
+        sources = {task.source for task in tasks}
+        text = (
+            f"{pairs} pairs of problems of one source wanted as shots and {len(generate)} found among {len(tasks)} problems of "
+            f"{len(sources)} source{'s' if len(sources) > 1 else ''}: lower prompt.generate_shots, or raise prompt.pool to {2 * pairs} or more for each source "
+            "(at most half of the training problems are set aside)"
         )
+        # those of a gym or world have the family's name; of a row it is not known here whether it named one
+        if len(sources) > 1 and any(task.entry is None for task in tasks):
+            example = next(task.source for task in tasks if task.entry is None)
+            text += (
+                f". A row's source is what its column 'source' says, where a file or data set has that ({example[:80]!r} here): "
+                "if it tells no kinds of problems apart, rename the column"
+            )
+        raise MassError(text)
     return Shots(solve, tuple(generate))
 
 

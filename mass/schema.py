@@ -35,7 +35,11 @@ class Model:
 class Prompt:
     style: Literal["auto", "chat", "plain"] = key("auto", "auto = chat if the tokenizer has a chat template")
     solve_shots: int = key(0, "solved problems shown before the problem to solve", ge=0)
-    generate_shots: int = key(2, "shown cases of a problem and one like it, solved", ge=0)
+    generate_shots: int = key(
+        2,
+        "shown cases of a problem and one like it, solved; alike: of one family or file, or with one value in a column source",
+        ge=0,
+    )
     pool: int = key(16, "training problems set aside to be shown, and never trained on", ge=0)
     solve_instruction: str | None = key(None, "said before a problem; null = the text in mass/prompts.py")
     generate_instruction: str | None = key(None, "asks for an example; null = the text in mass/prompts.py")
@@ -69,7 +73,9 @@ class Problems:
         {}, "settings of planted worlds, and of their base models: {NAME: {setting: value}}"
     )
     columns: Columns = group(
-        Columns, "columns of a data set; rows with a key problem but not this one have the defaults"
+        Columns,
+        "columns of a data set; rows with a key problem but not this one have the defaults; a column source, if there is one, "
+        "says of which kind a problem is",
     )
     split: str = key(
         "train",

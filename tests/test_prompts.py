@@ -2,7 +2,7 @@
 
 import copy
 import time
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -257,8 +257,17 @@ def test_too_small_a_pool_says_so() -> None:
     with pytest.raises(MassError, match="raise prompt.pool above 3"):
         pick_shots(POOL[:2], 3, 0, "t")
     lonely = [task(i, f"source {i}") for i in range(4)]
-    with pytest.raises(MassError, match="2 pairs of problems of one source wanted"):
+    with pytest.raises(
+        MassError, match="2 pairs of problems of one source wanted .* among 4 problems of 4 sources"
+    ) as raised:
         pick_shots(lonely, 2, 0, "t")
+    # an URL for each row, say: no pool mends that
+    assert "column 'source'" in str(raised.value) and "('source " in str(raised.value)
+    made = [replace(one, entry={}) for one in lonely]
+    for others in (made, POOL[1:4:2]):
+        with pytest.raises(MassError, match="2 pairs of problems") as raised:
+            pick_shots(others, 0, 0, "t", pairs=2)
+        assert "column" not in str(raised.value)
     # who wants no pairs is not asked for any
     assert len(pick_shots(lonely, 2, 0, "t", pairs=0).solve) == 2
 
