@@ -105,9 +105,19 @@ class Generate:
     examples: int = key(6, "practice examples of a task (N)", ge=1)
     max_new_tokens: int = key(128, "longest example, in tokens", ge=1)
     temperature: float = key(1.0, "of examples and, at test time, own answers; outer rollouts have 1", gt=0)
-    top_p: float = key(1.0, "keep the likeliest tokens that make up this probability; 1 = off", gt=0, le=1)
-    top_k: int = key(0, "keep this many likeliest tokens; 0 = off", ge=0)
-    min_p: float = key(0.0, "drop tokens less likely than this share of the likeliest; 0 = off", ge=0, lt=1)
+    top_p: float = key(
+        1.0,
+        "of practice examples: keep the likeliest tokens that make up this probability; 1 = off",
+        gt=0,
+        le=1,
+    )
+    top_k: int = key(0, "of practice examples: keep this many likeliest tokens; 0 = off", ge=0)
+    min_p: float = key(
+        0.0,
+        "of practice examples: drop tokens less likely than this share of the likeliest; 0 = off",
+        ge=0,
+        lt=1,
+    )
     batch_rows: int = key(128, "sequences generated at once", ge=1)
     answer_tokens: int = key(128, "longest answer, greedy or rollout, in tokens", ge=1)
     engine: Literal["ours", "hf", "vllm"] = key(
@@ -238,7 +248,11 @@ class Outer:
     through_init: bool = key(False, "pass the meta-gradient to the policy as the inner loop's start, too")
     warmup: int = key(5, "steps in which the learning rates rise from 0", ge=0)
     clip_grad: float = key(1.0, "largest norm of the outer gradient", gt=0)
-    ratio_clip: float = key(0.2, "how far a token's policy ratio may leave 1", gt=0)
+    ratio_clip: float = key(
+        0.2,
+        "how far a token's policy ratio may leave 1; a sample has one gradient, so that it is 1 but for rounding",
+        gt=0,
+    )
     malformed_penalty: float = key(1.0, "advantage taken from a malformed example", ge=0)
     min_spread: float = key(
         1e-8,

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from handmade import GOOD, PROBLEMS
+from ranks import ROOT
 from tiny import tiny_kit
 
 from mass import choices
@@ -17,6 +18,8 @@ from mass.lora import using
 from mass.methods import METHODS, Method, Record, solve
 from mass.optimizers import Rule
 from mass.problems import Problem
+from mass.recipe import load
+from mass.setting import answer_sampling, example_sampling
 
 
 @pytest.fixture(scope="module")
@@ -287,6 +290,14 @@ def test_methods_that_cannot_be_used_say_why(kit: Kit) -> None:
         solve(replace(kit, head=None), PROBLEMS, "mass")
     with pytest.raises(MassError, match="random draws training problems, and there are none here"):
         solve(replace(kit, pool=()), PROBLEMS, "random")
+
+
+def test_the_cuts_of_sampling_are_for_practice_examples_alone() -> None:
+    own = ["generate.top_p=0.9", "generate.top_k=5", "generate.min_p=0.1"]
+    recipe = load(ROOT / "recipes/smoke.yaml", own)
+    drawn, answered = example_sampling(recipe), answer_sampling(recipe, 0.7)
+    assert (drawn.top_p, drawn.top_k, drawn.min_p) == (0.9, 5, 0.1)
+    assert (answered.top_p, answered.top_k, answered.min_p) == (1.0, 0, 0.0)
 
 
 def test_every_method_is_a_row_of_five_choices() -> None:
