@@ -9,8 +9,10 @@ import pytest
 from folders import SHOTS, make_run
 
 from mass import arms, chooser
+from mass.choices import leave_one_out, teacher_made, training_problems
 from mass.chooser import Chooser
 from mass.errors import MassError
+from mass.methods import AUTO, METHODS
 from mass.wanted import plan
 
 
@@ -62,9 +64,12 @@ def test_arms_that_cannot_be_are_named(run: Path, tmp_path: Path) -> None:
 
 def test_every_usable_arm_and_why_the_others_are_not(run: Path) -> None:
     usable, reasons = arms.every_usable(plan(str(run), None), [])
-    names = [arm.name for arm in usable]
-    assert "mass" in names and "none" in names and not {"random", "ttt", "tt-d", "auto"} & set(names)
-    assert [reason.partition(" ")[0] for reason in reasons] == ["random", "ttt", "tt-d", "auto"]
+    # nothing to draw from, no demonstrations, no teacher
+    absent = (training_problems, leave_one_out, teacher_made)
+    left_out = [name for name, row in METHODS.items() if row.examples in absent] + [AUTO]
+    assert [arm.name for arm in usable] == [name for name in METHODS if name not in left_out]
+    assert [reason.partition(" ")[0] for reason in reasons] == left_out
+    assert {"random", "ttt", "tt-d"} <= set(left_out) and not {"mass", "none"} & set(left_out)
 
 
 def test_what_the_settings_forbid_is_left_out_and_refused(run: Path, tmp_path: Path) -> None:
