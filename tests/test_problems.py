@@ -1,13 +1,18 @@
+import configparser
 import io
 import json
+import re
 import sys
+import typing
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from mass import problems, rewards
 from mass.errors import MassError
 from mass.problems import BadLine, Problem, Task, load_problems, load_tasks, text_problem
+from mass.schema import KEYS
 
 
 def write(path, rows):
@@ -157,6 +162,17 @@ def test_every_bad_training_line_is_counted_and_the_first_five_named(tmp_path):
 def test_a_mistake_in_the_settings_is_one_clear_sentence(arguments, words):
     with pytest.raises(MassError, match=words):
         load_tasks(**arguments)
+
+
+def test_a_verifier_is_a_choice_and_its_package_an_extra_that_make_env_installs():
+    root = Path(__file__).parent.parent
+    assert typing.get_args(KEYS["problems.verifier"].hint) == ("auto", *rewards.KINDS)
+    setup = configparser.ConfigParser()
+    setup.read(root / "setup.cfg")
+    installed = re.search(r"-e '\.\[(.*)\]'", (root / "Makefile").read_text()).group(1).split(",")
+    for kind, package in rewards._PACKAGE.items():
+        assert kind in rewards.KINDS and kind in installed
+        assert package in setup["options.extras_require"][kind].replace("-", "_")
 
 
 def test_unusable_files(tmp_path):

@@ -18,6 +18,9 @@ import pytest
 from ranks import ROOT, Done, Ranks, clean_environment
 from runs import is_run_folder, log_of, no_leftovers, one_sentence, step_of
 
+from mass.recipe import load
+from mass.schema import Recipe
+
 BIN = Path(sys.executable).parent
 
 
@@ -263,6 +266,10 @@ def test_bad_input_ends_with_one_clear_sentence_and_no_half_written_file(
 # ---- every recipe
 
 
+def holds_out(recipe: Recipe) -> bool:
+    return recipe.problems.heldout is not None or recipe.problems.heldout_size > 0
+
+
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_one_outer_step_of_every_recipe_with_a_tiny_model_and_local_data(
@@ -300,6 +307,11 @@ def test_one_outer_step_of_every_recipe_with_a_tiny_model_and_local_data(
     }
     found = sorted(ROOT.joinpath("recipes").rglob("*.yaml"))
     assert {path.stem for path in found} == local.keys(), "a new recipe needs its local data here"
+    # a baseline is a recipe as well: no inner loop, nothing held out
+    text = (ROOT / "recipes/smoke.yaml").read_text() + "inner: {steps: 0}\n"
+    plain = lines(tmp_path / "plain.yaml", text.replace("name: smoke", "name: plain"))
+    found, local["plain"] = [*found, plain], ["problems.heldout_size=0"]
+    recipes = {path.stem: load(path, local[path.stem]) for path in found}
     common = [
         f"model.path={chain}",
         "model.device=cpu",
@@ -310,17 +322,24 @@ def test_one_outer_step_of_every_recipe_with_a_tiny_model_and_local_data(
     common += [
         "generate.max_new_tokens=24",
         "generate.answer_tokens=8",
-        "evaluate.problems=4",
-        "evaluate.every=1",
         # planning for memory takes ten seconds each; the smoke run above does it
         "meta_gradient.mode=reverse",
     ]
-    ranks("runs:many", [[str(path), *common, *local[path.stem]] for path in found]).good()
-    for path in found:
-        is_run_folder(tmp_path / path.stem, [1])
-        first, last = log_of(tmp_path / path.stem)
-        assert first["generator/valid"] > 0, path.stem
-        assert all(math.isfinite(first[tag]) for tag in ("meta/loss", "scorer/grad_norm", "policy/grad_norm"))
-        if path.stem != "smoke":
-            assert {"heldout/none", "heldout/mass"} <= last.keys()
+    evaluated = {
+        name: ["evaluate.problems=4", "evaluate.every=1"] if holds_out(r) else []
+        for name, r in recipes.items()
+    }
+    ranks(
+        "runs:many", [[str(path), *common, *local[path.stem], *evaluated[path.stem]] for path in found]
+    ).good()
+    for name, recipe in recipes.items():
+        is_run_folder(tmp_path / name, [1])
+        first, last = log_of(tmp_path / name)
+        tags = ["meta/loss_before", "policy/grad_norm"]
+        if recipe.inner.steps:
+            assert first["generator/valid"] > 0, name
+            tags += ["meta/loss", "scorer/grad_norm"]
+        assert all(math.isfinite(first[tag]) for tag in tags), name
+        wanted = {"heldout/none", "heldout/mass"} if recipe.inner.steps else {"heldout/none"}
+        assert last.keys() & {"heldout/none", "heldout/mass"} == (wanted if evaluated[name] else set()), name
     assert log_of(tmp_path / "math")[0]["verifier/failures"] == 0
