@@ -1,8 +1,11 @@
 """Recipes: every key, every recipe on disk, the command line and the docs."""
 
+import contextlib
 import itertools
+import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +15,10 @@ import yaml
 
 from mass import recipe as module
 from mass.errors import MassError
+from mass.prompts import pick_shots
 from mass.recipe import command_line, dump, load, markdown
 from mass.schema import KEYS
+from mass.sources import load_all
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -283,6 +288,37 @@ def test_the_docs_are_in_step():
     assert page == markdown(), "python -m mass.recipe > docs/recipes.md"
     for name in KEYS:
         assert f"| `{name}` |" in page
+
+
+def commands(page):
+    """Those of a page that start a training, as words."""
+    text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ")
+    found = re.findall(r"^(?:    |\t)(?:deepspeed launch/meta_train.py|mass-train) (.*)$", text, re.MULTILINE)
+    return [shlex.split(one, comments=True) for one in found]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
+def test_the_commands_of_the_first_pages_resolve(page, capsys):
+    for words in commands(page):
+        assert (ROOT / words[0]).is_file()
+        with pytest.raises(SystemExit) as end:
+            command_line([str(ROOT / words[0]), *words[1:], "--cfg"], "mass-train", "")
+        assert end.value.code == 0, capsys.readouterr().err
+    # typed again, it goes on, as `make demo` does
+    assert commands(page)[0] == commands("Makefile")[0] == ["recipes/demo.yaml", "run.resume=auto"]
+    assert "source .venv/bin/activate" in (ROOT / page).read_text(encoding="utf-8")
+
+
+def test_so_many_lines_of_ones_own_are_enough_for_the_quickstart(tmp_path):
+    (words,) = [x for x in commands("docs/quickstart.md") if "problems.train=mine.jsonl" in x]
+    file = tmp_path / "mine.jsonl"
+    for count, enough in ((7, True), (6, False)):
+        rows = [json.dumps({"problem": f"What is {i} + 1?", "answer": str(i + 1)}) for i in range(count)]
+        file.write_text("\n".join(rows) + "\n")
+        recipe = load(ROOT / words[0], [x.replace("mine.jsonl", str(file)) for x in words[1:]])
+        pool, asked = load_all(recipe).pool, recipe.prompt.generate_shots
+        with contextlib.nullcontext() if enough else pytest.raises(MassError, match="pairs of problems"):
+            pick_shots(pool, 0, recipe.run.seed, "", pairs=asked)
 
 
 @pytest.mark.parametrize("tasks, at_once, together", [(4, "null", 4), (4, 3, 3), (2, 3, 2)])
