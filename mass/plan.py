@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForCausalLM
 
-from mass import blocks, lora, memory
+from mass import blocks, lora, memory, metagrad
 from mass.batch import Sequence, pack
 from mass.errors import MassError
 from mass.fastlinear import has_bf16_products
@@ -22,14 +22,14 @@ from mass.setting import lora_shape
 from mass.shards import gathering_bytes, unit_of
 
 PROMPT = 128
-# matrix products over those of a forward and a backward pass of each inner step, that pass included; and how often it goes
-# through the blocks below the lowest adapter, forward alone
-ENGINES: dict[str, tuple[memory.Engine, bool, bool, float, int]] = {
-    "reverse": ("reverse", False, False, 3.0, 2),
-    "blockwise, kept": ("blockwise", False, False, 3.0, 2),
-    "blockwise": ("blockwise", True, False, 4.0, 2),
-    "blockwise, inner.checkpoint": ("blockwise", True, True, 4.5, 2),
-    "finite_difference": ("finite_difference", False, False, 3.0, 3),
+# fastest first: the engine, whether blockwise recomputes, and whether first-order passes do although the recipe does not say so;
+# what each costs is in `_loop_passes`
+ENGINES: dict[str, tuple[memory.Engine, bool, bool]] = {
+    "reverse": ("reverse", False, False),
+    "blockwise, kept": ("blockwise", False, False),
+    "blockwise": ("blockwise", True, False),
+    "blockwise, inner.checkpoint": ("blockwise", True, True),
+    "finite_difference": ("finite_difference", False, False),
 }
 # in their place where inner.steps=0
 NO_LOOP = "no inner loop"
@@ -113,7 +113,7 @@ def make(recipe: Recipe, ranks: int, engines: Collection[str] = tuple(ENGINES)) 
             hf, parts, shape, last, checkpoint=i.checkpoint, with_kl=_has_kl(r), device=device
         )
     for name in engines if i.steps else ():
-        engine, recompute, again, *_ = ENGINES[name]
+        engine, recompute, again = ENGINES[name]
         key = (engine, recompute, again or i.checkpoint)
         if key not in same:
             same[key] = memory.predict(
@@ -142,15 +142,13 @@ def make(recipe: Recipe, ranks: int, engines: Collection[str] = tuple(ENGINES)) 
     if sharded:
         T_parts = -(-r.outer.tasks // T)
         # text is generated with the base gathered for every token, or once for all
-        # with an inner loop answers are drawn before and after it
-        draws = (2 if i.steps else 1) * (G > 1)
+        draws = _outer_losses(r) * (r.outer.loss == "verifier")
         # rows that do not fit wait for others to end
         rounds, answer_rounds = (-(-T * count // r.generate.batch_rows) for count in (N, G))
         texts = rounds * new + draws * answer_rounds * answer
         if r.zero.hold_base:
             texts = bool(i.steps) + draws
-        gradients = 5 * i.steps + 8 if i.steps else 2 + _has_kl(r)
-        passes = T_parts * (texts + gradients)
+        passes = T_parts * (texts + _gathers(r))
         sent["base, gathered"] = base * passes * (ranks - 1) / ranks
     return Plan(memory_parts, main, generating, peaks, flops, sent)
 
@@ -246,37 +244,102 @@ def _flops(r: Recipe, linear: int, head: int, below: int = 0) -> dict[str, float
     G = r.outer.rollouts if r.outer.loss == "verifier" else 1
     token = 2.0 * (linear + head)
     back = token - 2.0 * below
+    # what a first-order pass that keeps one block's activations reads a second time: no head, and nothing that it does not go
+    # back through
+    again = 2.0 * (linear - below)
+    gradient = back + r.inner.checkpoint * again
     # the base reads as well, and the divergence goes back through the head on its own
     kl = token + 2.0 * head
     if not r.inner.steps:
         read = T * G * (PROMPT + answer)
         sampled = read if r.outer.loss == "verifier" else 0
-        return {"generate": token * sampled, "outer loss": (token + back + _has_kl(r) * kl) * read}
+        return {"generate": token * sampled, "outer loss": (token + gradient + _has_kl(r) * kl) * read}
     train = T * N * (PROMPT + new)
-    # the generator's credit may want an inner loop of its own, and the outer loss after it
-    loops = 1 + (r.outer.writes and r.outer.credit == "uniform")
+    loops = _loops(r)
     once = T * G * (PROMPT + answer)
     after = loops * once
     last = once + after
-    without = N * once if r.outer.writes and r.outer.credit == "left_out" else 0
-    sampled = last + without if r.outer.loss == "verifier" else 0
+    without = N * once if _leaves_out(r) else 0
+    sampled = _outer_losses(r) * once if r.outer.loss == "verifier" else 0
     out = {
         "generate": token * (train + sampled),
         # what is looked at for the scorer's features has no logits
         "score": 2.0 * linear * train,
         # the weights' own loss has a gradient where it is trained on
-        "outer loss, before and after": token * last + back * ((r.outer.gamma > 0) * once + after),
-        "policy gradient": r.outer.writes * (token + back + r.outer.holds * kl) * train,
+        "outer loss, before and after": token * last + gradient * ((r.outer.gamma > 0) * once + after),
+        "policy gradient": r.outer.writes * (token + gradient + r.outer.holds * kl) * train,
     }
     if without:
         passes = 1 if r.inner.steps == 1 else N * r.inner.steps
-        out["without each example"] = (token + back) * train * passes + token * without
+        out["without each example"] = (token + gradient) * train * passes + token * without
     # whether a loop exploded is read off the loss where it ends
     check = (r.inner.max_growth is not None) * token * train * loops
-    for name, (_, _, _, factor, read_below) in ENGINES.items():
-        own = factor * 2 * back + read_below * 2.0 * below
-        out[f"inner loop and meta, {name}"] = own * train * r.inner.steps * loops + check
+    for name in ENGINES:
+        whole, once_more, read_below = _loop_passes(r, name)
+        own = whole * back + once_more * again + read_below * 2.0 * below
+        out[f"inner loop and meta, {name}"] = own * train * loops + check
     return out
+
+
+def _loop_passes(r: Recipe, name: str) -> tuple[int, int, int]:
+    """How often an inner loop and the way back go, in a direction each: through the head and the blocks with adapters, through these
+    blocks alone (recomputation), and through the blocks below, which are read only."""
+    engine, recompute, own_checkpoint = ENGINES[name]
+    again = own_checkpoint or r.inner.checkpoint
+    total = [0, 0, 0]
+    for k, way_back, hessian in _steps(r):
+        recorded = engine == "reverse" and k >= r.inner.steps - metagrad.RECORDED
+        counts: list[tuple[int, int, int]] = [(2, again and not recorded, 1)]
+        if way_back and engine == "reverse":
+            # a step that was not recorded is taken again
+            counts.append((1 + hessian + 2 * (not recorded), 0, not recorded))
+        elif way_back and engine == "blockwise":
+            # dual numbers: two passes each way
+            counts.append((2 + 2 * hessian, 2 * (hessian and recompute), 1))
+        elif way_back:
+            sides = 1 if r.meta_gradient.one_sided else 2
+            counts.append((sides * (1 + hessian), sides * (hessian and again), sides))
+        total = [sum(column) for column in zip(total, *counts, strict=True)]
+    return total[0], total[1], total[2]
+
+
+def _steps(r: Recipe) -> list[tuple[int, bool, bool]]:
+    """Each inner step, whether it has a way back, and whether that has a Hessian product: the first step's has none unless the
+    start has a gradient (`metagrad.sweep`)."""
+    K = r.inner.steps
+    first = K - min(K, r.meta_gradient.truncate or K)
+    return [(k, k >= first, k > first or (k == first and r.outer.through_init)) for k in range(K)]
+
+
+def _loops(r: Recipe) -> int:
+    """Inner loops with a way back: the generator's credit may want one of its own."""
+    return 1 + (r.outer.writes and r.outer.credit == "uniform")
+
+
+def _leaves_out(r: Recipe) -> bool:
+    return r.outer.writes and r.outer.credit == "left_out"
+
+
+def _outer_losses(r: Recipe) -> int:
+    """With an inner loop: before it, after each, and without each example."""
+    return 1 + _loops(r) + _leaves_out(r) * r.generate.examples if r.inner.steps else 1
+
+
+def _gathers(r: Recipe) -> int:
+    """How often the gradients of T tasks at once gather a sharded base, each direction a pass; what is recomputed is there already.
+    By an engine that is exact: what finite differences read more, and `reverse` for steps before the recorded, is left out."""
+    if not r.inner.steps:
+        return 2 + _has_kl(r)
+    N, K, o = r.generate.examples, r.inner.steps, r.outer
+    looks = r.inner.max_growth is not None
+    loop = sum(2 + way_back + hessian for _, way_back, hessian in _steps(r)) + looks
+    # the prompts and the examples, for the scorer's features
+    count = 2 + (1 + (o.gamma > 0)) + _loops(r) * (loop + 2)
+    if o.writes:
+        count += -(-o.together // max(1, o.micro_rows // N)) * (2 + o.holds)
+    if _leaves_out(r):
+        count += (2 if K == 1 else N * 2 * K) + N
+    return count
 
 
 def _has_kl(r: Recipe) -> bool:

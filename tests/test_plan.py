@@ -2,20 +2,28 @@
 
 import argparse
 import sys
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from chain import save_problems
+from steps import make_world
 from tiny import tiny
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from mass import lora, memory, plan
+from mass import blocks, lora, memory, metagrad, plan
 from mass.batch import Sequence, pack
 from mass.errors import MassError
-from mass.forward import loss_and_grad
-from mass.lora import LoraShape
+from mass.forward import example_loss, loss_and_grad
+from mass.inner import adapt
+from mass.lora import Adapter, LoraShape
 from mass.model import language_model
+from mass.optimizers import Rule
 from mass.recipe import Recipe, load
+from mass.shards import unit_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "launch"))
 
@@ -81,13 +89,124 @@ def test_rows_that_wait_for_others_gather_the_base_again(tmp_path: Path) -> None
     assert passes("generate.batch_rows=3") - roomy == 16 + 2 * 2 * 8
     held = passes("generate.batch_rows=8", "zero.hold_base=true")
     assert held == passes("generate.batch_rows=3", "zero.hold_base=true") == 1 + 2 + 5 + 8
+    # the answers, the outer loss and the loop (its step, one pass back, what tells whether it exploded) at uniform weights
+    assert passes("generate.batch_rows=8", "outer.credit=uniform") - roomy == 8 + 2 + 2 + 1 + 1
+    # without each example: answers and an outer loss that only looks; the examples' gradients once
+    assert passes("generate.batch_rows=8", "outer.credit=left_out") - roomy == 3 * 8 + 3 + 2
+    assert passes("generate.batch_rows=8", "outer.credit=left_out", "zero.hold_base=true") - held == 3 + 3 + 2
+
+
+class Reads(TorchDispatchMode):
+    """How often some of a base's matrices are multiplied by; and how often a unit is asked for that is not the one at hand."""
+
+    def __init__(self, hf: torch.nn.Module, *names: str) -> None:
+        super().__init__()
+        self.products: Counter[str] = Counter()
+        self.gathers: Counter[str] = Counter()
+        self._names, self._now = names, ""
+        self._of = {x.weight.data_ptr(): name for name, x in hf.named_modules() if hasattr(x, "weight")}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        op = func._overloadpacket
+        if op in (*memory._PRODUCTS, torch.ops.aten.embedding):
+            for tensor in args:
+                name = self._of.get(tensor.data_ptr() if isinstance(tensor, Tensor) else 0)
+                if name is not None:
+                    self.products[name] += name in self._names
+                    self.gathers[unit_of(name)] += unit_of(name) != self._now
+                    self._now = unit_of(name)
+        return func(*args, **(kwargs or {}))
+
+
+LOOPS: list[tuple[str, ...]] = [
+    ("inner.steps=1", "outer.through_init=true"),
+    ("inner.steps=3",),
+    ("inner.steps=3", "meta_gradient.truncate=2", "meta_gradient.one_sided=true"),
+]
+
+
+@pytest.mark.parametrize("name", plan.ENGINES)
+def test_the_passes_of_an_inner_loop_are_those_that_are_taken(name: str, tmp_path: Path) -> None:
+    """By the products with a matrix below the adapters, one among them, and the head, which is not recomputed."""
+    hf, _ = tiny("llama", torch.float32, num_hidden_layers=3)
+    below, among, head = "model.layers.0.mlp.down_proj", "model.layers.2.mlp.down_proj.base", "lm_head"
+    layers = lora.attach(hf, LoraShape(1, 1.0, ("all-linear",), 2))
+    parts = blocks.split(hf, layers)
+    packed = pack([[Sequence(list(range(1, 13)), 4)] * 2], 0)
+    start = lora.expand(lora.fresh(layers, 1, torch.Generator()), 1)
+    weight_TN = torch.ones(1, 2)
+    engine, recompute, own_checkpoint = plan.ENGINES[name]
+    for more in LOOPS:
+        for checkpoint in ("false", "true"):
+            r = recipe(tmp_path, *more, f"inner.checkpoint={checkpoint}")
+            own = parts if own_checkpoint or r.inner.checkpoint else None
+            products: metagrad.Products
+            if engine == "reverse":
+                products = metagrad.Reverse(hf, layers, packed, weight_TN)
+            elif engine == "blockwise":
+                products = metagrad.blockwise(hf, parts, packed, weight_TN, recompute=recompute)
+            else:
+                central = not r.meta_gradient.one_sided
+                products = metagrad.finite_difference(
+                    hf, layers, packed, weight_TN, parts=own, central=central
+                )
+
+            def gradient(adapter: Adapter, own: Any = own) -> tuple[Tensor, Adapter]:
+                def loss(logprob_M: Tensor) -> Tensor:
+                    return example_loss(packed, logprob_M).sum()
+
+                _, logprob_M, grad = loss_and_grad(hf, layers, packed, adapter, loss, parts=own)
+                return example_loss(packed, logprob_M), grad
+
+            last = products.record if isinstance(products, metagrad.Reverse) else None
+            with Reads(hf, below, among, head) as seen:
+                taken = adapt(
+                    gradient, start, Rule(), {key: torch.tensor(0.1) for key in start}, r.inner.steps,
+                    last=last, count=metagrad.RECORDED,
+                )  # fmt: skip
+                metagrad.sweep(
+                    products,
+                    taken,
+                    start,
+                    need_init=r.outer.through_init,
+                    last_steps=r.meta_gradient.truncate,
+                )
+            whole, again, read_below = plan._loop_passes(r, name)
+            found = [seen.products[x] for x in (head, among, below)]
+            assert found == [whole, whole + again, read_below], (more, checkpoint)
+            flops = plan._flops(r, 100, 10, 30)[f"inner loop and meta, {name}"]
+            check = 2.0 * 110 * (r.inner.max_growth is not None)
+            train = 2 * 3 * (plan.PROMPT + 16)
+            assert flops / train - check == 2.0 * (whole * 80 + again * 70 + read_below * 30)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("inner.steps=1", "outer.credit=uniform", "inner.checkpoint=false"),
+        ("inner.steps=1", "outer.credit=left_out", "outer.gamma=0"),
+        ("inner.steps=2", "outer.credit=left_out", "outer.beta=0", "outer.micro_rows=4"),
+        ("inner.steps=2", "outer.lr_policy=0", "inner.max_growth=null", "outer.through_init=true"),
+        ("inner.steps=2", "meta_gradient.truncate=1"),
+    ],
+)
+def test_a_step_gathers_a_sharded_base_as_often_as_the_plan_says(
+    more: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the blocks that a whole step asks for, less those that are at hand already; nothing is written in it."""
+    world = make_world(monkeypatch, "meta_gradient.mode=blockwise", "inner.lr=0.01", *more)
+    with Reads(world.setting.lm.hf) as seen:
+        world.run()
+    planned = plan._gathers(world.setting.recipe)
+    assert [seen.gathers[f"model.layers.{i}"] for i in (0, 1)] == [planned] * 2
 
 
 def test_blocks_below_the_lowest_adapter_are_read_alone(tmp_path: Path) -> None:
     """One of two blocks: what a backward pass does not reach, by PyTorch's own count of a first-order pass."""
     work = {}
     for last in (1, 2):
-        made = plan.make(recipe(tmp_path, f"lora.last={last}", "outer.beta=0"), 1, ["reverse"])
+        own = [f"lora.last={last}", "outer.beta=0", "inner.checkpoint=false"]
+        made = plan.make(recipe(tmp_path, *own), 1, ["reverse"])
         lm = language_model(
             "tiny:llama", LoraShape(1, 1.0, ("all-linear",), last), dtype="fp32", device="cpu"
         )
@@ -123,13 +242,23 @@ def test_a_step_without_a_gradient_at_the_start_counts_none(tmp_path: Path) -> N
     def flops(*overrides: str) -> dict[str, float]:
         return plan._flops(recipe(tmp_path, *overrides), 100, 10)
 
-    both, after = (flops(f"outer.gamma={g}")["outer loss, before and after"] for g in (1, 0))
+    kept, name = "inner.checkpoint=false", "outer loss, before and after"
+    both, after = (flops(kept, f"outer.gamma={g}")[name] for g in (1, 0))
     # two forward and two backward passes, or one backward
     assert after / both == pytest.approx(3 / 4)
+    # a gradient whose pass keeps nothing reads the blocks once more, not the head
+    answers = 2 * (plan.PROMPT + 8)
+    again, again_after = (flops(f"outer.gamma={g}")[name] for g in (1, 0))
+    assert (again - both, again_after - after) == (2 * 2.0 * 100 * answers, 2.0 * 100 * answers)
     loop = "inner loop and meta, reverse"
     train = 2 * 3 * (plan.PROMPT + 16)
     assert flops("inner.max_growth=3")[loop] - flops("inner.max_growth=null")[loop] == 2.0 * 110 * train
     assert flops()["score"] == 2.0 * 100 * train
+    for more, part in (
+        ((), "policy gradient"),
+        (("outer.credit=left_out", "inner.steps=1"), "without each example"),
+    ):
+        assert flops(*more)[part] - flops(*more, kept)[part] == 2.0 * 100 * train
 
 
 def test_the_report_says_what_fits_and_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
