@@ -8,7 +8,7 @@ prompts, sampling, adapter and update are the same, the base is in fp32.
 import argparse
 import time
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,10 +22,10 @@ from mass.choices import Kit, shots_for
 from mass.errors import MassError
 from mass.kit import build_kit
 from mass.methods import Record, solve
-from mass.practice import seed_of, solve_sequence
+from mass.practice import Sampling, seed_of, solve_sequence
 from mass.problems import Problem, load_tasks
 from mass.prompts import Example, filter_examples, parse_example
-from mass.wanted import plan
+from mass.wanted import plan, pool_of
 
 Row = dict[str, Any]
 
@@ -165,11 +165,16 @@ def build(case: Row) -> tuple[Kit, list[Problem]]:
         raise MassError(
             f"--set inner.optimizer={i.optimizer} inner.momentum={i.momentum}: the script's update is plain SGD, and another is no comparison"
         )
-    kit = build_kit(wanted)
     p = wanted.recipe.problems
     tasks = load_tasks(p.train, size=p.size, gym=p.gym, seed=wanted.recipe.run.seed)
-    shown = {task.problem.id for task in kit.pool}
-    return kit, [task.problem for task in tasks if task.problem.id not in shown][: case["tasks"]]
+    shown = {task.problem.id for task in pool_of(wanted)}
+    problems = [task.problem for task in tasks if task.problem.id not in shown]
+    if len(problems) < case["tasks"]:
+        raise MassError(
+            f"--tasks {case['tasks']}: problems.train gives {len(problems)} beside the {len(shown)} that are shown. Lower it, or raise "
+            f"problems.size (now {p.size}) where the source has more: --set problems.size=N"
+        )
+    return build_kit(wanted), problems[: case["tasks"]]
 
 
 def identical(kit: Kit, problems: Seq[Problem]) -> int:
@@ -218,9 +223,8 @@ def script(kit: Kit, wrapped: Wrapped, problem: Problem, made: Seq[Example] | No
     generated = 0
     if made is None:
         with model.disable_adapter():
-            texts, generated = generate(
-                kit, model, kit.prompts.generate(problem.text, shots.generate), kit.examples
-            )
+            asked = kit.prompts.generate(problem.text, shots.generate)
+            texts, generated = generate(kit, model, asked, kit.writing, kit.examples)
         made = filter_examples([parse_example(text, finished=ended) for text, ended in texts], problem.text)
     marks.append(time.perf_counter())
     with torch.no_grad():
@@ -231,7 +235,8 @@ def script(kit: Kit, wrapped: Wrapped, problem: Problem, made: Seq[Example] | No
     if valid:
         train(kit, model, valid)
     marks.append(time.perf_counter())
-    ((text, _),), answer_tokens = generate(kit, model, kit.prompts.solve(problem.text, shots.solve), 1)
+    asked = kit.prompts.solve(problem.text, shots.solve)
+    ((text, _),), answer_tokens = generate(kit, model, asked, replace(kit.answering, temperature=0.0), 1)
     marks.append(time.perf_counter())
     spans = [b - a for a, b in zip(marks, marks[1:], strict=False)]
     row = dict(zip(("seconds_generate", "seconds_adapt", "seconds_answer"), spans, strict=True))
@@ -239,12 +244,13 @@ def script(kit: Kit, wrapped: Wrapped, problem: Problem, made: Seq[Example] | No
     return row | {"trained": sum(len(s.tokens) for s in valid) * kit.steps}, text
 
 
-def generate(kit: Kit, model: PeftModel, prompt: Seq[int], count: int) -> tuple[list[tuple[str, bool]], int]:
-    """`count` sampled continuations (one: the greedy one) with whether each ended by itself; tokens in all."""
+def generate(
+    kit: Kit, model: PeftModel, prompt: Seq[int], how: Sampling, count: int
+) -> tuple[list[tuple[str, bool]], int]:
+    """`count` continuations (at temperature 0 the greedy one) with whether each ended by itself; tokens in all."""
     tokenizer, prompts = kit.lm.tokenizer, kit.prompts
-    how = kit.writing if count > 1 else kit.answering
     sampled: Row = {"do_sample": False}
-    if count > 1:
+    if how.temperature:
         sampled = {"do_sample": True, "temperature": how.temperature, "top_p": how.top_p, "top_k": how.top_k}
     ids = torch.tensor([list(prompt)], device=kit.lm.device)
     out = model.generate(

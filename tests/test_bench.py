@@ -1,5 +1,6 @@
 """launch/meta_bench.py: every engine and peer computes the same gradient, and one command measures it."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -9,8 +10,11 @@ from typing import Any
 import pytest
 import torch
 from chain import save_chain, save_problems
+from tiny import tiny_kit
 
 from mass import choices
+from mass.errors import MassError
+from mass.problems import Problem
 
 LAUNCH = Path(__file__).resolve().parents[1] / "launch"
 sys.path.insert(0, str(LAUNCH))
@@ -181,6 +185,45 @@ def test_script_and_mass_adapt_and_answer_alike(tmp_path: Path) -> None:
     assert rows[0]["generated"] == rows[1]["generated"]
     done = bench_adapt.finish(rows)
     assert done[2]["ratio"] == 1 and done[0]["per_minute"] == 60 * 4 / done[0]["seconds"]
+
+
+def test_more_problems_than_there_are_is_refused_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_adapt, "build_kit", lambda wanted: wanted)
+    own = [f"problems.train={save_problems(tmp_path / 'p.jsonl')}", "prompt.pool=6"]
+    one = {"model": "tiny:llama", "examples": 3, "K": 1, "device": "cpu", "settings": own}
+    assert len(bench_adapt.build(one | {"tasks": 34})[1]) == 34
+    with pytest.raises(MassError, match=r"--tasks 35: problems.train gives 34 beside the 6 .* problems.size"):
+        bench_adapt.build(one | {"tasks": 35})
+
+
+class Silent:
+    """In place of a PEFT model: ends every text at once, and remembers how it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[bool, int, int]] = []
+
+    def disable_adapter(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def named_parameters(self) -> list[Any]:
+        return []
+
+    def generate(self, *, input_ids: torch.Tensor, generation_config: Any, **_: Any) -> torch.Tensor:
+        how = generation_config
+        self.asked.append((how.do_sample, how.max_new_tokens, how.num_return_sequences))
+        ended = torch.nn.functional.pad(input_ids, (0, 1), value=how.eos_token_id[0])
+        return ended.repeat(how.num_return_sequences, 1)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_script_samples_its_examples_as_mass_does_and_answers_greedily(count: int) -> None:
+    model = Silent()
+    kit = tiny_kit(examples=count)
+    bench_adapt.script(kit, bench_adapt.Wrapped(model, {}), Problem("p", "2 + 3 ="))  # type: ignore[arg-type]
+    write, answer = kit.writing.max_new_tokens, kit.answering.max_new_tokens
+    assert model.asked == [(True, write, count), (False, answer, 1)] and write != answer
 
 
 @pytest.mark.slow
