@@ -48,6 +48,21 @@ def test_an_engine_makes_the_tokens_that_it_counts(engine: str, adapters: int, m
     assert rows == [6] * 5
 
 
+@pytest.mark.parametrize(("device", "waits"), [("cpu", False), ("cuda", True)])
+def test_a_gpu_has_done_its_work_when_the_time_is_taken(device: str, waits: bool, monkeypatch: Any) -> None:
+    done: list[str] = []
+
+    def engine(case: dict[str, Any]) -> bench.Run:
+        return lambda new: done.append(f"run {new}") or new
+
+    monkeypatch.setitem(bench.ENGINES, "floor", (engine, None))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("wait"))
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: float(done.append("clock") or len(done)))
+    bench.measure(CASE | {"engine": "floor", "device": device})
+    steps = ["run 4", "wait", "clock", "run 5", "wait", "clock"]
+    assert done == [step for step in steps if waits or step != "wait"]
+
+
 def test_ours_runs_with_one_adapter_a_prompt_and_every_layer_is_in_the_floor(monkeypatch: Any) -> None:
     seen: dict[str, Any] = {}
     monkeypatch.setattr(bench, "generate", lambda lm, rows, **how: seen.update(how, rows=rows) or [])
