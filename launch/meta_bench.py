@@ -144,9 +144,12 @@ def isolated(command: str, case: Row) -> Row:
         env["MALLOC_MMAP_THRESHOLD_"] = "65536"
     words = [sys.executable, str(Path(__file__).resolve()), command, "--measure", json.dumps(case)]
     done = subprocess.run(words, env=env, capture_output=True, text=True, check=False)
+    if done.returncode < 0:
+        # what it had said by then, a warning say, is not why
+        return {"error": f"ended by signal {-done.returncode} (out of memory?)"}
     if done.returncode:
         lines = done.stderr.strip().splitlines()
-        return {"error": lines[-1] if lines else f"ended by signal {-done.returncode} (out of memory?)"}
+        return {"error": lines[-1] if lines else f"ended with status {done.returncode} and said nothing"}
     # processes that it started may say something when it ends
     return json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
 

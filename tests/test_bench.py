@@ -152,6 +152,22 @@ def test_a_case_that_dies_says_why() -> None:
     assert "no_such_engine" in row["error"]
 
 
+def test_a_case_that_is_killed_says_so_whatever_it_had_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ended(code: int, said: str) -> str:
+        words = [sys.executable, "-c", f"import os, sys; sys.stderr.write({said!r}); sys.stderr.flush(); "]
+        words[-1] += f"os.kill(os.getpid(), {-code})" if code < 0 else f"sys.exit({code})"
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert done.returncode == code
+        monkeypatch.setattr(meta_bench.subprocess, "run", lambda *_, **__: done)
+        row = meta_bench.isolated("gradients", case(check=False))
+        monkeypatch.undo()
+        return str(row["error"])
+
+    assert ended(-9, "a warning\n") == ended(-9, "") == "ended by signal 9 (out of memory?)"
+    assert ended(1, "line\nValueError: why\n") == "ValueError: why"
+    assert ended(3, "") == "ended with status 3 and said nothing"
+
+
 def test_unknown_case_is_refused(capsys: Any) -> None:
     with pytest.raises(SystemExit) as stopped:
         meta_bench.main(["--cases", "nothing/*"])
