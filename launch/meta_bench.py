@@ -6,6 +6,7 @@ then all cases again) and the median is kept, so that a slow minute of the machi
 
 import argparse
 import fnmatch
+import importlib.util
 import json
 import os
 import platform
@@ -77,6 +78,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.list:
         print("\n".join(module.name(case) for case in cases))
         return
+    for option in ("json", "markdown", "plot"):
+        wrong = _unwritable(getattr(args, option), picture=option == "plot")
+        if wrong:
+            parser.error(f"--{option} {getattr(args, option)}: {wrong}")
     rows = module.finish(run(args.command, module, cases, args.rounds, args.threads))
     # a file has no width, and a table of sixteen columns wants one
     console = Console(width=None if sys.stdout.isatty() else 200)
@@ -91,6 +96,29 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.markdown.write_text(markdown(module, rows, machine(args.threads), given), encoding="utf-8")
     if args.plot:
         plot(module, rows, args.plot)
+
+
+def _unwritable(file: Path | None, picture: bool) -> str:
+    """Why a file of results could not be written, or nothing: measuring takes hours."""
+    if file is None:
+        return ""
+    if not file.parent.is_dir():
+        return f"there is no folder {file.parent}; make it first"
+    if file.is_dir():
+        return "this is a folder; name a file in it"
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        return "it may not be written; name another"
+    if picture:
+        if importlib.util.find_spec("matplotlib") is None:
+            return (
+                "a plot needs matplotlib, which is not installed: pip install 'mass[eval]', or leave it out"
+            )
+        from matplotlib.backend_bases import FigureCanvasBase
+
+        kinds = FigureCanvasBase.get_supported_filetypes()
+        if file.suffix.removeprefix(".").lower() not in kinds:
+            return f"no picture has this ending; the endings are {', '.join(sorted(kinds))}"
+    return ""
 
 
 def plot(module: ModuleType, rows: list[Row], file: Path) -> None:

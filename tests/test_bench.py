@@ -168,6 +168,26 @@ def test_a_case_that_is_killed_says_so_whatever_it_had_said(monkeypatch: pytest.
     assert ended(3, "") == "ended with status 3 and said nothing"
 
 
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(meta_bench, "run", lambda *_: pytest.fail("measured"))
+
+    def refusal(*words: str) -> str:
+        with pytest.raises(SystemExit) as stopped:
+            meta_bench.main(["--cases", "blockwise/K1/*", *words])
+        assert stopped.value.code == 2
+        return " ".join(capsys.readouterr().err.split())
+
+    for option in ("--json", "--markdown", "--plot"):
+        nowhere = tmp_path / "none" / "rows.png"
+        assert f"{option} {nowhere}: there is no folder {nowhere.parent}" in refusal(option, str(nowhere))
+    assert f"--json {tmp_path}: this is a folder" in refusal("--json", str(tmp_path))
+    assert "no picture has this ending; the endings are" in refusal("--plot", str(tmp_path / "rows.txt"))
+    monkeypatch.setattr(meta_bench.importlib.util, "find_spec", lambda name: None)
+    assert "needs matplotlib, which is not installed" in refusal("--plot", str(tmp_path / "rows.png"))
+
+
 def test_unknown_case_is_refused(capsys: Any) -> None:
     with pytest.raises(SystemExit) as stopped:
         meta_bench.main(["--cases", "nothing/*"])
