@@ -30,8 +30,8 @@ from rich.table import Table
 Row = dict[str, Any]
 
 # A subcommand is a module: add_arguments(parser), cases(args) -> list[Row], name(case), measure(case) -> Row (in its own
-# process), finish(rows) -> rows (ratios), COLUMNS {key: (heading, format)}, NOTES, plot(rows, axes), and CHECK = False if
-# nothing is to be measured once, outside the timed rounds.
+# process), finish(rows) -> rows (ratios), COLUMNS {key: (heading, format)}, NOTES, plot(rows, axes), CHECK = False if
+# nothing is to be measured once, outside the timed rounds, and TIMED = False if nothing is to be timed.
 COMMANDS: dict[str, ModuleType] = {
     "gradients": gradients,
     "generation": generation,
@@ -56,9 +56,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             "--markdown", type=Path, metavar="F", help="write the table and the machine as Markdown"
         )
         own.add_argument("--plot", type=Path, metavar="F", help="draw it (.png, .svg)")
-        own.add_argument(
-            "--rounds", type=int, default=3, help="times each case is timed; the median is kept [3]"
-        )
+        if getattr(module, "TIMED", True):
+            own.add_argument(
+                "--rounds", type=int, default=3, help="times each case is timed; the median is kept [3]"
+            )
+        else:
+            own.set_defaults(rounds=0)
         own.add_argument(
             "--cases", nargs="+", default=["*"], metavar="PATTERN", help="only these, e.g. 'blockwise/*'"
         )
@@ -138,7 +141,7 @@ def plot(module: ModuleType, rows: list[Row], file: Path) -> None:
 
 
 def run(command: str, module: ModuleType, cases: list[Row], rounds: int, threads: int) -> list[Row]:
-    """Measure every case once with `check` (what does not vary; unless CHECK is off), then `rounds` times, interleaved.
+    """Measure every case once with `check` (what does not vary; unless CHECK is off), then time it `rounds` times, interleaved.
 
     A number is the median of its rounds; a case that failed has `error` and is not tried again. Ctrl-C or SIGTERM ends the
     measuring: what was measured until then is kept.

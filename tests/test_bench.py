@@ -188,6 +188,20 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(
     assert "needs matplotlib, which is not installed" in refusal("--plot", str(tmp_path / "rows.png"))
 
 
+def test_what_is_not_timed_has_no_rounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """`plan` measures memory alone: each case is started once."""
+    started: list[bool] = []
+    monkeypatch.setattr(meta_bench, "isolated", lambda _, row: started.append(row["check"]) or {})
+    meta_bench.main(["plan", "--cases", "tiny/ranks1/*", "--json", str(tmp_path / "rows.json")])
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert started == [True] * len(rows) == [True] * 4 and {row["rounds"] for row in rows} == {0}
+    with pytest.raises(SystemExit):
+        meta_bench.main(["plan", "--rounds", "3"])
+    assert "unrecognized arguments: --rounds 3" in capsys.readouterr().err
+
+
 def test_unknown_case_is_refused(capsys: Any) -> None:
     with pytest.raises(SystemExit) as stopped:
         meta_bench.main(["--cases", "nothing/*"])
