@@ -109,7 +109,7 @@ def run(
     loop = _inner_loop(batch, clock, score_TN.detach(), "after")
     by_score_TN = loop.by_score_TN
     with clock("outer"):
-        solving = recipe.outer.gamma > 0 and recipe.outer.lr_policy > 0
+        solving = recipe.outer.solves
         before = outer_loss(setting, tasks, solve_shots, start, step, "before", need_grad=solving)
     writes = recipe.outer.writes and not given
     reward = _reward(batch, clock, score_TN.detach(), loop, writes)

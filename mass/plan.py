@@ -266,7 +266,7 @@ def _flops(r: Recipe, linear: int, head: int, below: int = 0) -> dict[str, float
         # what is looked at for the scorer's features has no logits
         "score": 2.0 * linear * train,
         # the weights' own loss has a gradient where it is trained on
-        "outer loss, before and after": token * last + gradient * ((r.outer.gamma > 0) * once + after),
+        "outer loss, before and after": token * last + gradient * (r.outer.solves * once + after),
         "policy gradient": r.outer.writes * (token + gradient + r.outer.holds * kl) * train,
     }
     if without:
@@ -286,9 +286,9 @@ def _loop_passes(r: Recipe, name: str) -> tuple[int, int, int]:
     blocks alone (recomputation), and through the blocks below, which are read only."""
     engine, recompute, own_checkpoint = ENGINES[name]
     again = own_checkpoint or r.inner.checkpoint
-    total = [0, 0, 0]
+    total, last = [0, 0, 0], metagrad.recorded(r.inner.steps, r.meta_gradient.truncate)
     for k, way_back, hessian in _steps(r):
-        recorded = engine == "reverse" and k >= r.inner.steps - metagrad.RECORDED
+        recorded = engine == "reverse" and k >= r.inner.steps - last
         counts: list[tuple[int, int, int]] = [(2, again and not recorded, 1)]
         if way_back and engine == "reverse":
             # a step that was not recorded is taken again
@@ -334,7 +334,7 @@ def _gathers(r: Recipe) -> int:
     looks = r.inner.max_growth is not None
     loop = sum(2 + way_back + hessian for _, way_back, hessian in _steps(r)) + looks
     # the prompts and the examples, for the scorer's features
-    count = 2 + (1 + (o.gamma > 0)) + _loops(r) * (loop + 2)
+    count = 2 + (1 + o.solves) + _loops(r) * (loop + 2)
     if o.writes:
         count += -(-o.together // max(1, o.micro_rows // N)) * (2 + o.holds)
     if _leaves_out(r):

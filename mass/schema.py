@@ -273,6 +273,11 @@ class Outer:
         return self.generator > 0 and self.lr_policy > 0
 
     @property
+    def solves(self) -> bool:
+        """Whether the policy is trained to answer without update, beside an inner loop."""
+        return self.gamma > 0 and self.lr_policy > 0
+
+    @property
     def holds(self) -> bool:
         """Whether the generator is held to the base model."""
         return self.beta > 0 or (self.reward != "example" and self.beta_check > 0)
