@@ -132,7 +132,8 @@ def _engine(plan: Plan) -> tuple[str, bool, bool]:
     saved = checkpoint.read_meta(plan.step).get("extra", {}).get("engine")
     if r.meta_gradient.mode != "auto":
         return r.meta_gradient.mode, True, r.inner.checkpoint
-    if saved is None:
+    # a run without an inner loop has chosen none
+    if saved is None or saved[0] == "none":
         raise MassError(
             f"{plan.step} does not say which meta-gradient engine the run chose: add meta_gradient.mode=reverse (or another)"
         )

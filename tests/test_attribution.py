@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from folders import make_tiny_run
 from ranks import ROOT, clean_environment
 from scipy import stats
 
@@ -197,6 +198,20 @@ def test_without_an_inner_loop_there_is_no_credit(run: Path) -> None:
     wanted = plan(str(run), None, ["inner.steps=0"])
     with pytest.raises(MassError, match="inner.steps=0 takes none"):
         attribution.choose(wanted, evaluate.held_out(wanted, [], made=False).tasks, 3)
+
+
+def test_the_engine_of_a_run_without_an_inner_loop_is_not_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = plan(str(make_tiny_run(tmp_path)), None, ["inner.steps=1"])
+    for saved in (["none", True, False], None):
+        monkeypatch.setattr(
+            attribution.checkpoint, "read_meta", lambda step, x=saved: {"extra": {"engine": x}}
+        )
+        with pytest.raises(
+            MassError, match="does not say which .* the run chose: add meta_gradient.mode=reverse"
+        ):
+            attribution.choose(wanted, [], 1)
 
 
 def test_problems_without_a_valid_example_have_no_numbers(run: Path) -> None:
