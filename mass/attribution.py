@@ -15,6 +15,7 @@ from torch import Tensor
 from mass import checkpoint, compare, credit, episode, metrics, outer
 from mass.choices import Kit, Room, self_made
 from mass.choices.kit import overlong
+from mass.disjoint import first
 from mass.errors import MassError
 from mass.kit import build_kit
 from mass.lora import Adapter
@@ -40,8 +41,8 @@ MEASURES = {
 
 
 def choose(plan: Plan, tasks: Sequence[Task], count: int) -> list[Task]:
-    """The first `count` tasks, asked as in training: without a problem's own demonstrations. Raises MassError where there is
-    no scorer to measure; loads nothing."""
+    """The first `count` tasks of all sources in turn, asked as in training: without a problem's own demonstrations. Raises
+    MassError where there is no scorer to measure; loads nothing."""
     if plan.step is None:
         raise MassError("--credit is about a trained scorer: it wants a run, --run FOLDER")
     if not plan.recipe.inner.steps:
@@ -51,7 +52,7 @@ def choose(plan: Plan, tasks: Sequence[Task], count: int) -> list[Task]:
     _engine(plan)
     return [
         dataclasses.replace(task, problem=dataclasses.replace(task.problem, demonstrations=()))
-        for task in tasks[:count]
+        for task in first(tasks, count)
     ]
 
 

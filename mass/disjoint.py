@@ -2,16 +2,17 @@
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from mass import checkpoint
 from mass.arms import Arm
 from mass.errors import MassError
-from mass.problems import Task, content_key, task_key
+from mass.problems import Task, content_key, has_truth, task_key
 from mass.recipe import load as load_recipe
 from mass.sources import load_all, load_named
-from mass.splits import digest
+from mass.splits import digest, in_turn
 from mass.wanted import Plan
 
 
@@ -35,6 +36,16 @@ def _check_same(step: Path, train: Sequence[Task]) -> None:
             f"{step.parent}: the problems that it was trained on have changed since (problems.train of its recipe.yaml), so "
             "which of these problems it has met cannot be told. Restore them, or train again"
         )
+
+
+def first(tasks: Sequence[Task], count: int) -> list[Task]:
+    """The first `count` tasks, of all sources in turn; all of them in their order where there are no more."""
+    if count >= len(tasks):
+        return list(tasks)
+    # a world is one source: its families stand mixed as they were drawn
+    known = [replace(x, source=f"world:{x.entry['world']}") if x.entry and has_truth(x) else x for x in tasks]
+    own = {task.problem.id: task for task in tasks}
+    return [own[task.problem.id] for task in in_turn(known)[:count]]
 
 
 def held_out(wanted: Plan, chosen: Sequence[Arm], *, made: bool, limit: int | None = None) -> Problems:
@@ -73,4 +84,6 @@ def held_out(wanted: Plan, chosen: Sequence[Arm], *, made: bool, limit: int | No
             else "there are no held-out problems: this run has problems.heldout_size=0. Name some with --problems"
         )
     left_out = len(distinct) - len(tasks)
-    return Problems(tasks[:limit], left_out, len(found) - len(distinct), sorted(sources))
+    if limit is not None:
+        tasks = first(tasks, limit)
+    return Problems(tasks, left_out, len(found) - len(distinct), sorted(sources))

@@ -82,7 +82,9 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         help="FILE.jsonl, a hub id, gym:NAME or world:NAME, once or more; default: the run's held-out problems",
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="the first N of them")
+    parser.add_argument(
+        "--limit", type=int, metavar="N", help="the first N of them, of several sources in turn"
+    )
     parser.add_argument("--out", metavar="FOLDER", help="answers and report; default: evaluation/ in the run")
     parser.add_argument("--resume", action="store_true", help="go on with the --out of a call that stopped")
     parser.add_argument("--batch", type=int, default=16, metavar="T", help="problems adapted together (16)")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from folders import make_run
 
-from mass import arms, checkpoint
+from mass import arms, attribution, checkpoint
 from mass.disjoint import held_out
 from mass.errors import MassError
 from mass.problems import content_key
@@ -55,6 +55,34 @@ def test_no_problem_is_one_that_a_run_has_met(tmp_path: Path) -> None:
     only = plan(str(own), None, [f"problems.heldout={json.dumps([file('met.jsonl', [met])])}"])
     with pytest.raises(MassError, match="no problem is left of 1"):
         held_out(only, [], made=True)
+
+
+def test_the_first_problems_are_of_all_sources_in_turn(tmp_path: Path) -> None:
+    """A world is one source, and a single source stays in its order; so does all of several ones."""
+
+    def file(name: str) -> str:
+        path = tmp_path / f"{name}.jsonl"
+        lines = [json.dumps({"problem": f"{name} {i}", "answer": "1"}) + "\n" for i in range(4)]
+        path.write_text("".join(lines))
+        return str(path)
+
+    def asked(sources: Sequence[str], limit: int | None) -> list[str]:
+        wanted = plan(None, "tiny:llama", [f"problems.heldout={json.dumps(sources)}"])
+        return [task.problem.text for task in held_out(wanted, [], made=True, limit=limit).tasks]
+
+    both = [file("a"), file("b")]
+    assert asked(both, 5) == ["a 0", "b 0", "a 1", "b 1", "a 2"]
+    assert asked(both[:1], 3) == ["a 0", "a 1", "a 2"]
+    assert asked(both, 8) == asked(both, None) == [f"{name} {i}" for name in "ab" for i in range(4)]
+    own = plan(str(make_run(tmp_path, "r")), None, ["meta_gradient.mode=reverse"])
+    whole = held_out(own, [], made=False).tasks
+    assert len({task.source for task in whole[:5]}) > 1
+    assert held_out(own, [], made=False, limit=5).tasks == whole[:5]
+    mixed = [
+        *whole[:4],
+        *held_out(plan(None, "tiny:llama", [f"problems.heldout=[{both[0]}]"]), [], made=True).tasks,
+    ]
+    assert attribution.choose(own, mixed, 4) == [mixed[0], mixed[4], mixed[1], mixed[5]]
 
 
 def test_what_a_bare_model_shows_is_not_asked() -> None:
