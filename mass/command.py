@@ -25,7 +25,7 @@ from mass.filerun import Item, as_line, as_row, group, key_of, run_batches
 from mass.kit import build_kit
 from mass.log import no_space
 from mass.methods import AUTO, METHODS, Record
-from mass.problems import load_problems, text_problem
+from mass.problems import BadLine, load_problems, text_problem
 from mass.recipe import Recipe
 from mass.share import Share, join, launched
 from mass.view import view
@@ -264,9 +264,16 @@ def _problems(args: argparse.Namespace, r: Recipe) -> list[Item]:
         )
     if args.problem is not None:
         return [text_problem(args.problem)]
-    return load_problems(
-        "-" if args.file is None else args.file, demonstrations=r.problems.demonstrations, seed=r.run.seed
-    )
+    where = "-" if args.file is None else args.file
+    p = r.problems
+    items = load_problems(where, columns=vars(p.columns), demonstrations=p.demonstrations, seed=r.run.seed)
+    bad = [item for item in items if isinstance(item, BadLine)]
+    if bad and len(bad) == len(items):
+        raise MassError(
+            f"{'standard input' if where == '-' else where}: none of its {len(bad)} lines holds a problem. Line "
+            f"{bad[0].line}: {bad[0].reason}. Mend them; another column name goes into problems.columns.problem."
+        )
+    return items
 
 
 def _silence(out: IO[str]) -> None:

@@ -151,15 +151,17 @@ def load_tasks(
     return _unique(tasks)
 
 
-def load_problems(path: str, *, demonstrations: int = 0, seed: int = 0) -> list[Problem | BadLine]:
+def load_problems(
+    path: str, *, columns: Mapping[str, str] | None = None, demonstrations: int = 0, seed: int = 0
+) -> list[Problem | BadLine]:
     """Problems of test time from a JSONL file, or from standard input when `path` is "-".
 
     Keys of a line: `problem`, optional `id` and `demonstrations` (a list of pairs or of {"input", "output"}); or an ARC
-    task (`train` and `test`). An answer in the file is not read, except those of the problems that `demonstrations`, a
+    task (`train` and `test`). As in training `columns` gives other names, and a line without them has ours. An answer in the file is not read, except those of the problems that `demonstrations`, a
     number, sets aside of each subject to demonstrate its others (`mass.demonstrations`). Standard input whose first character is not `{` is one problem in plain text. Raises
     MassError for a file that is missing or has no line.
     """
-    names = column_names(None)
+    names = column_names(columns)
     data = sys.stdin.buffer.read() if path == "-" else read_file(path)
     where = "standard input" if path == "-" else path
     if not data.removeprefix(b"\xef\xbb\xbf").strip():
@@ -173,9 +175,10 @@ def load_problems(path: str, *, demonstrations: int = 0, seed: int = 0) -> list[
     taken: set[str] = set()
     lines = data.split(b"\n")
     rows = shown.spread(json_lines(data), names["problem"])
-    for line, row in shown.set_aside(rows, demonstrations, seed, lambda _: names, where):
+    for line, row in shown.set_aside(rows, demonstrations, seed, lambda row: _names(row, names), where):
         try:
-            problem = _problem(as_object(row), names)
+            fields = as_object(row)
+            problem = _problem(fields, _names(fields, names))
         except ValueError as error:
             found.append(BadLine(line, str(error), lines[line - 1].decode("utf-8", "replace").strip()[:200]))
         else:

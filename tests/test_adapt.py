@@ -164,6 +164,24 @@ def test_file_with_bad_lines(run: Path, command: Command, tmp_path: Path) -> Non
     assert {**json.loads(alone.out), "seconds": 0, "position": 6} == {**records[5], "seconds": 0}
 
 
+def test_a_file_in_the_columns_of_the_run(
+    run: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run reads the keys that it was trained on; a file without any problem is refused before the model is loaded."""
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"question": "one"}\n{"problem": "two"}\n')
+    asked = ["--run", str(run), "--file", str(file), "--json", "--method", "none", "--no-baselines"]
+    said = command(*asked, "problems.columns.problem=question")
+    records = [json.loads(line) for line in said.out.splitlines()]
+    assert [(r["problem"], r["error"]) for r in records] == [("one", None), ("two", None)]
+    monkeypatch.setattr(command_module, "build_kit", lambda *_: pytest.fail("a model is loaded"))
+    file.write_text('\n{"question": "one"}\nno json\n')
+    said = command(*asked)
+    assert said.code == 2 and said.out == ""
+    assert "p.jsonl: none of its 2 lines holds a problem. Line 2: no 'problem'." in said.err
+    assert "problems.columns.problem" in said.err
+
+
 def test_standard_input(run: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     for data, ids in (
         (b'{"problem": "one", "id": "1"}\n{"problem": "two", "id": "2"}\n', ["1", "2"]),

@@ -268,6 +268,22 @@ def test_bad_lines_of_test_time_are_records_and_the_others_stay(tmp_path):
     assert all("demonstrations" in item.reason for item in bad[3:])
 
 
+def test_columns_of_a_recipe_are_those_of_test_time_too(tmp_path):
+    path = tmp_path / "ask.jsonl"
+    rows = [
+        {"question": "1?", "uid": "a", "gold": "1"},
+        {"problem": "2?", "id": "b", "answer": "2"},
+        {"text": "3?"},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = {"problem": "question", "id": "uid", "answer": "gold"}
+    one, two, bad = load_problems(str(path), columns=columns)
+    assert (one, two) == (Problem("a", "1?"), Problem("b", "2?")) and bad.reason == "no 'question'"
+    # an answer is read where the problem is set aside, whatever its column is called
+    (left,) = load_problems(write(path, rows[:2]), columns=columns, demonstrations=1)
+    assert left.demonstrations in ((("1?", "1"),), (("2?", "2"),))
+
+
 def test_standard_input_is_json_lines_or_one_problem(monkeypatch):
     def given(data):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
