@@ -10,11 +10,13 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.special import expit
 
 from mass.errors import MassError
+from mass.keys import said
 
 # cheapest first: of methods that promise the same, the first is taken
 CANDIDATES = ("none", "vote", "pick", "in-context", "mass", "ttt")
@@ -28,7 +30,8 @@ LEAST = 10
 @dataclass(frozen=True)
 class Chooser:
     """budget: tokens of a problem; samples: own answers that the signals are read from; mean, scale: of each signal in the
-    development problems; coefficients: of each method, the constant first; right: its share of them answered right."""
+    development problems; coefficients: of each method, the constant first; right: its share of them answered right; step,
+    settings: what answered them, a step of the run and recipe keys (None: a file of an earlier version does not say)."""
 
     budget: int
     samples: int
@@ -37,6 +40,19 @@ class Chooser:
     scale: tuple[float, ...]
     coefficients: Mapping[str, tuple[float, ...]]
     right: Mapping[str, float]
+    step: str | None = None
+    settings: Mapping[str, Any] | None = None
+
+    def unlike(self, step: str, settings: Mapping[str, Any]) -> str:
+        """What is another than when it was fitted, and the way out; "" where nothing is, or nothing is known."""
+        if self.step is not None and self.step != step:
+            return f"at {self.step}, not {step}: name that step in --run, or fit again."
+        own = self.settings or {}
+        # a key that is newer than the file had no other value then
+        for key, value in own.items():
+            if key in settings and settings[key] != value:
+                return f"with {said(key, value)}, not {settings[key]!r}: give the same, or fit again."
+        return ""
 
     def chances(self, signal_S: np.ndarray) -> dict[str, float]:
         """How likely each method is to answer right."""
@@ -111,6 +127,8 @@ def load(folder: Path) -> Chooser | None:
             raise ValueError("no method none, or not as many numbers as signals")
         if not set(found) <= set(CANDIDATES) or {len(c) for c in found.values()} != {len(SIGNALS) + 1}:
             raise ValueError("unknown methods or wrong coefficients")
+        if not isinstance(data.get("settings") or {}, dict):
+            raise ValueError("settings that are none")
         return Chooser(
             **{**data, **vectors, "coefficients": found, "budget": int(data["budget"])},
         )

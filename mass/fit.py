@@ -20,7 +20,7 @@ from mass.kit import build_kit
 from mass.methods import solve_drawn, usable
 from mass.problems import Task
 from mass.rewards import Verifier
-from mass.wanted import plan
+from mass.wanted import answering, plan
 
 # own answers that the signals are read from
 SAMPLES = 4
@@ -95,6 +95,7 @@ def main(argv: Sequence[str]) -> int:
     torch.set_num_threads(r.run.threads)
     kit = build_kit(dataclasses.replace(wanted, budget=args.budget))
     found = fit(kit, tasks, args.batch)
+    found = dataclasses.replace(found, step=wanted.step.name, settings=answering(r))
     path = chooser.save(found, wanted.step.parent)
     shares = ", ".join(f"{name} {share:.3f}" for name, share in found.right.items())
     _say(f"{path}: fitted on {found.problems} problems; answered right: {shares}")

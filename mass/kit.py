@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mass import checkpoint, chooser, fastlinear, teacher, vllm_engine
+from mass import checkpoint, fastlinear, teacher, vllm_engine
 from mass.blocks import Split, split
 from mass.choices import Kit, Teacher
 from mass.choices.guards import fisher_information
@@ -63,6 +63,8 @@ def build_kit(plan: Plan, loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase
         policy = {key: tensor.to(lm.device) for key, tensor in policy.items()}
     parts = _parts(lm)
     g, i = r.generate, r.inner
+    # one that was fitted with other weights or settings is for nobody who asks the kit alone (a service)
+    fitted = None if (found := plan.fitted) and plan.unlike(found) else found
     keys = [f"{name}.{kind}" for name in lm.lora for kind in "AB"]
     kit = Kit(
         lm,
@@ -90,7 +92,7 @@ def build_kit(plan: Plan, loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase
         teacher=_teacher(r, plan.teacher, tokenizer) if plan.teacher else None,
         guard=r.guard,
         knobs=r.knobs,
-        chooser=chooser.load(plan.step.parent) if plan.step else None,
+        chooser=fitted,
     )
     return dataclasses.replace(kit, fisher=fisher_information(kit)) if r.guard.fisher else kit
 

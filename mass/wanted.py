@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import logging
+import operator
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +22,7 @@ from mass.problems import Problem, Task
 from mass.prompts import pick_shots
 from mass.recipe import Recipe
 from mass.rows import as_object, json_lines
+from mass.schema import keys_of
 from mass.sources import load_named
 from mass.splits import draw_pool
 from mass.teacher import endpoint
@@ -28,6 +31,10 @@ from mass.teacher import endpoint
 FIXED = ("lora.", "scorer.layers", "scorer.hidden", "scorer.pool")
 # what changes time, memory and rounding, but no answer otherwise
 SPEED = ("run.threads", "model.device", "model.cache", "generate.batch_rows", "inner.checkpoint")
+# groups of keys that say how `auto` and what it chooses answer a problem
+ANSWERING = ("prompt", "generate", "scorer", "inner", "guard")
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,15 @@ class Plan:
         return sum(bool(x.strip()) for x in shots.read_bytes().split(b"\n")) if shots.is_file() else None
 
     @property
+    def fitted(self) -> chooser.Chooser | None:
+        """What `mass-adapt fit` has made for the run. Raises MassError for a file that cannot be used."""
+        return chooser.load(self.step.parent) if self.step else None
+
+    def unlike(self, fitted: chooser.Chooser) -> str:
+        """Where a chooser was fitted with another step or other settings: which, and the way out; else ""."""
+        return fitted.unlike(self.step.name, answering(self.recipe)) if self.step else ""
+
+    @property
     def default_method(self) -> str:
         """`mass` where there is a trained scorer, else `quest`; `none` where no step would be taken."""
         if self.recipe.inner.steps == 0:
@@ -61,7 +77,7 @@ class Plan:
 
         `has_truth`: the problems are of a world; `bare`: without what the run trained."""
         r, trained = self.recipe, None if bare else self.step
-        fitted = chooser.load(trained.parent) if trained else None
+        fitted = self.fitted if trained else None
         row = find(
             name,
             has_scorer=trained is not None,
@@ -81,9 +97,21 @@ class Plan:
             answer_tokens=r.generate.answer_tokens,
             fitted=fitted,
         )
+        if name == AUTO and fitted:
+            self._check_fitted(fitted)
         if row.examples is teacher_made and self.teacher:
             endpoint(self.teacher)
         return row
+
+    def _check_fitted(self, fitted: chooser.Chooser) -> None:
+        """Raise MassError where what answers is not what `auto` has learned about; warn where that is not known."""
+        if reason := self.unlike(fitted):
+            raise MassError(f"method auto was fitted {reason}")
+        if fitted.step is None:
+            _log.warning(
+                "%s does not say with which step and settings auto was fitted: fit again, or see that they are these",
+                chooser.FILE,
+            )
 
     def of_method(self, name: str, *, has_truth: bool = False, bare: bool = False) -> "Plan":
         """This plan for one method alone: without a teacher where the method asks none. Raises what `method` raises."""
@@ -156,6 +184,13 @@ def settings_key(plan: Plan, method: str) -> str:
         # the hash of each file of a step is in its meta.json
         digest.update(path.read_bytes() if path.is_file() else b"")
     return digest.hexdigest()[:16]
+
+
+def answering(r: Recipe) -> dict[str, Any]:
+    """The keys that say how `auto` answers, with their values; not who draws, how fast and in which precision."""
+    names = [name for group in ANSWERING for name in keys_of(group)]
+    idle = (*SPEED, "generate.engine", "generate.step", "scorer.l2")
+    return {name: operator.attrgetter(name)(r) for name in names if name not in idle}
 
 
 def _defaults(model: str, overrides: Sequence[str]) -> Recipe:

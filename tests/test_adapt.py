@@ -341,6 +341,11 @@ def test_fit_on_the_command_line(run: Path, command: Command, tmp_path: Path) ->
     for more, sentence in [
         (["--budget", "31"], "fitted under --budget 30, not 31"),
         (["generate.answer_tokens=31"], "under --budget 30, which is less than generate.answer_tokens=31"),
+        (["inner.steps=1"], "method auto was fitted with inner.steps=2, not 1: give the same, or fit again"),
+        (
+            ["--run", str(copy / "step_000001")],
+            "fitted at step_000002, not step_000001: name that step in --run",
+        ),
     ]:
         said = command("--run", str(copy), "--problem", "x", "--method", "auto", *more)
         assert said.code == 2 and said.out == "" and sentence in said.err

@@ -17,7 +17,7 @@ from mass.chooser import Chooser
 from mass.errors import MassError
 from mass.kit import build_kit
 from mass.problems import Problem, Task
-from mass.wanted import plan, settings_key
+from mass.wanted import answering, plan, settings_key
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +105,45 @@ def test_fitting_auto_again_concerns_auto_alone(run: Path, tmp_path: Path) -> No
     fitted_run(run, tmp_path / "other", 40).joinpath("auto.json").replace(tmp_path / "r" / "auto.json")
     after = [settings_key(asked, name) for name in ("mass", "auto")]
     assert before[0] == after[0] and before[1] != after[1]
+
+
+def test_auto_is_for_the_step_and_the_settings_that_it_was_fitted_with(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    copy = fitted_run(run, tmp_path, 30)
+    old = chooser.load(copy)
+    assert old is not None and old.step is None
+    # a file of an earlier version knows of neither
+    assert plan(str(copy), None, ["inner.steps=1"]).method("auto")
+    assert "auto.json does not say with which step and settings" in caplog.text
+    caplog.clear()
+    own = plan(str(copy), None)
+    settings = {key: x for key, x in answering(own.recipe).items() if key != "generate.top_k"}
+    chooser.save(replace(old, step="step_000002", settings=settings), copy)
+    for other, more, sentence in [
+        (
+            copy,
+            ["inner.steps=1", "model.device=cpu"],
+            r"fitted with inner.steps=2, not 1: give the same, or fit again",
+        ),
+        (copy, ["scorer.temperature=3"], r"fitted with scorer.temperature=1.0, not 3.0"),
+        (
+            copy / "step_000001",
+            [],
+            r"fitted at step_000002, not step_000001: name that step in --run, or fit again",
+        ),
+    ]:
+        asked = plan(str(other), None, more)
+        with pytest.raises(MassError, match=sentence):
+            asked.method("auto")
+        assert asked.method("mass")
+    # a service asks its kit alone
+    assert build_kit(asked).chooser is None and build_kit(own).chooser is not None
+    # what takes other time and memory, and a key that is newer than the file
+    assert plan(str(copy), None, ["generate.batch_rows=3", "model.dtype=bf16", "generate.top_k=5"]).method(
+        "auto"
+    )
+    assert not caplog.text
 
 
 def test_what_a_method_cannot_work_under_is_said_by_the_plan(run: Path, tmp_path: Path) -> None:
