@@ -5,7 +5,7 @@ import json
 import logging
 import operator
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from mass import checkpoint, chooser, recipe
 from mass.choices import teacher_made
 from mass.errors import MassError
+from mass.keys import said
 from mass.lora import read_peft_shape
 from mass.methods import AUTO, Method, check, find
 from mass.problems import Problem, Task
@@ -141,9 +142,11 @@ def plan(
             raise MassError("--model goes with a PEFT folder or stands alone: a run names its own model")
         step = checkpoint.step_of(folder)
         found = recipe.load(step.parent / "recipe.yaml", overrides, training=False)
-        _check_fixed(found, recipe.load(step.parent / "recipe.yaml", training=False), overrides, str(run))
+        own = recipe.load(step.parent / "recipe.yaml", training=False)
+        _check_fixed(found, own, overrides, str(run))
         of_run = Plan(found, step=step)
         check_shots(of_run, pool_of(of_run))
+        _check_shown(found, own, step)
         return of_run
     base = model
     if loaded is not None:
@@ -151,6 +154,13 @@ def plan(
     elif base is None and folder is not None:
         base = _base_of(folder)
     wanted = Plan(_defaults(str(base), overrides), peft=folder)
+    if folder is not None:
+        _check_peft(folder, str(base), overrides)
+    if wanted.recipe.inner.learned_lr != "no":
+        raise MassError(
+            f"inner.learned_lr={wanted.recipe.inner.learned_lr}: only a run that learned its inner rate has one, and this is no "
+            "run. Leave it out, and set inner.lr."
+        )
     if not _sources(wanted.recipe):
         check_shots(wanted, [])
     return wanted
@@ -193,14 +203,16 @@ def answering(r: Recipe) -> dict[str, Any]:
     return {name: operator.attrgetter(name)(r) for name in names if name not in idle}
 
 
-def _defaults(model: str, overrides: Sequence[str]) -> Recipe:
+def _defaults(model: str, overrides: Sequence[str], lora: Mapping[str, Any] | None = None) -> Recipe:
     """The recipe's defaults for a model without a run: no shots unless problems.train names where they come from."""
     shots = {} if any(text.startswith("problems.train=") for text in overrides) else {"generate_shots": 0}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "defaults.yaml"
         # test time needs no training problems, which a recipe has to name
         path.write_text(
-            yaml.safe_dump({"model": {"path": model}, "problems": {"train": [""]}, "prompt": shots})
+            yaml.safe_dump(
+                {"model": {"path": model}, "problems": {"train": [""]}, "prompt": shots, "lora": lora or {}}
+            )
         )
         try:
             return recipe.load(path, overrides, training=False)
@@ -221,8 +233,7 @@ def _check_fixed(found: Recipe, own: Recipe, overrides: Sequence[str], run: str)
     if named:
         raise MassError(f"{named[0]}: the saved adapter and scorer of {run} were not made so. Leave it out.")
     learned, asked = own.inner.learned_lr, found.inner.learned_lr
-    # of a run that learned none, all are inner.lr
-    if "no" in (learned, asked):
+    if asked == "no":
         return
     if asked != learned:
         raise MassError(
@@ -233,6 +244,31 @@ def _check_fixed(found: Recipe, own: Recipe, overrides: Sequence[str], run: str)
         raise MassError(
             f"inner.lr={found.inner.lr:g}: this run learned its inner rate. Add inner.learned_lr=no to set it by hand."
         )
+
+
+def _check_shown(found: Recipe, own: Recipe, step: Path) -> None:
+    """Raise MassError where overrides ask for other problems to show and to draw than those that the run set aside."""
+    for key, asked, given in (
+        ("problems.train", found.problems.train, own.problems.train),
+        ("prompt.pool", found.prompt.pool, own.prompt.pool),
+    ):
+        if asked != given:
+            raise MassError(
+                f"{said(key, asked)}: the training problems that are shown and drawn here are those that the run set aside, in "
+                f"{step.parent / 'shots.jsonl'}. Leave it out (mass-eval names the problems to answer by --problems)."
+            )
+
+
+def _check_peft(folder: Path, base: str, overrides: Sequence[str]) -> None:
+    """Raise MassError where overrides want another adapter than that of a PEFT folder."""
+    named = [text for text in overrides if text.startswith("lora")]
+    if not named:
+        return
+    shape = read_peft_shape(folder)
+    own = {"rank": shape.rank, "alpha": shape.alpha, "targets": list(shape.targets), "last": shape.last}
+    for text in named:
+        if vars(_defaults(base, [text], own).lora) != own:
+            raise MassError(f"{text}: the adapter in {folder} was not made so. Leave it out.")
 
 
 def check_shots(plan: Plan, pool: Sequence[Task]) -> None:

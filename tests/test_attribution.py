@@ -183,8 +183,9 @@ def test_numbers_that_are_not_there_take_no_part() -> None:
 
 def test_the_batch_size_changes_nothing_but_rounding(run: Path, done: Path) -> None:
     """Nor do the outer loss and the truncation of training, nor a learned inner rate that is the recipe's."""
-    overrides = ["outer.loss=verifier", "meta_gradient.truncate=1", "inner.learned_lr=layer"]
-    wanted = plan(str(run), None, overrides)
+    wanted = plan(str(run), None, ["outer.loss=verifier", "meta_gradient.truncate=1"])
+    inner = replace(wanted.recipe.inner, learned_lr="layer")
+    wanted = replace(wanted, recipe=replace(wanted.recipe, inner=inner))
     tasks = attribution.choose(wanted, evaluate.held_out(wanted, [], made=False).tasks, 3)
     alone = attribution.measure(wanted, tasks, 1)
     together = read(done / "credit.json")

@@ -185,13 +185,41 @@ def test_rates_that_a_run_did_not_learn_are_refused(run: Path, tmp_path: Path) -
         with pytest.raises(MassError, match=sentence):
             plan(str(copy), None, [text])
     assert plan(str(run), None, ['scorer={"temperature": 2.0}']).recipe.scorer.temperature == 2.0
-    # of a run that learned none, all are the recipe's
     copy = shutil.copytree(run, tmp_path / "none" / "r")
     recipe = copy / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace("learned_lr: one", "learned_lr: 'no'"))
-    assert plan(str(copy), None, ["inner.learned_lr=layer", "inner.lr=0.5"]).recipe.inner.lr == 0.5
+    with pytest.raises(
+        MassError, match="inner.learned_lr=layer: .*/r was trained with inner.learned_lr=no. Leave it"
+    ):
+        plan(str(copy), None, ["inner.learned_lr=layer", "inner.lr=0.5"])
+    assert plan(str(copy), None, ["inner.learned_lr=no", "inner.lr=0.5"]).recipe.inner.lr == 0.5
     by_hand = plan(str(run), None, ['inner={"lr": 0.5, "learned_lr": "no"}']).recipe.inner
     assert (by_hand.lr, by_hand.learned_lr) == (0.5, "no")
+
+
+def test_keys_that_would_do_nothing_are_refused_where_they_are_typed(run: Path, tmp_path: Path) -> None:
+    peft = str(shutil.copytree(run / "step_000002" / "policy", tmp_path / "peft"))
+    file = tmp_path / "train.jsonl"
+    file.write_text("".join(json.dumps({"problem": f"{i}?", "answer": str(i)}) + "\n" for i in range(8)))
+    bare = (None, "tiny:llama")
+    for source, text, sentence in [
+        ((peft, None), "lora.rank=4", r"lora.rank=4: the adapter in .*peft was not made so. Leave it out"),
+        # the default, but not the folder's
+        ((peft, None), "lora.rank=8", r"lora.rank=8: the adapter in .*peft was not made so"),
+        ((peft, None), 'lora={"last": 1}', r"lora=.*: the adapter in .*peft was not made so"),
+        ((peft, None), "inner.learned_lr=one", "inner.learned_lr=one: only a run that learned .* and set inner.lr"),
+        (bare, "inner.learned_lr=layer", "inner.learned_lr=layer: only a run that learned"),
+        ((str(run), None), f"problems.train={file}", r"problems.train=\['.*train.jsonl'\]: .*shots.jsonl. Leave it out"),
+        ((str(run), None), "prompt.pool=5", "prompt.pool=5: the training problems .*shots.jsonl. Leave it out"),
+    ]:  # fmt: skip
+        with pytest.raises(MassError, match=sentence):
+            plan(*source, [text])
+    # what is so already, and what does something
+    assert plan(peft, None, ["lora.rank=2", "lora.alpha=4.0"]).recipe.lora.rank == 2
+    assert plan(*bare, ["lora.rank=4", f"problems.train={file}", "prompt.pool=4"]).recipe.lora.rank == 4
+    assert plan(
+        str(run), None, ["problems.train=gym:chain_sum", "prompt.pool=4", "inner.learned_lr=one"]
+    ).step
 
 
 def test_shots_that_are_not_there_are_missed_before_anything_is_loaded(
