@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -86,7 +87,11 @@ def _parser() -> argparse.ArgumentParser:
         "--limit", type=int, metavar="N", help="the first N of them, of several sources in turn"
     )
     parser.add_argument("--out", metavar="FOLDER", help="answers and report; default: evaluation/ in the run")
-    parser.add_argument("--resume", action="store_true", help="go on with the --out of a call that stopped")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the --out of a call that stopped, or add arms to it: all that its report is to have are named",
+    )
     parser.add_argument("--batch", type=int, default=16, metavar="T", help="problems adapted together (16)")
     parser.add_argument(
         "--budget", type=int, metavar="TOKENS", help="what each problem may cost in every arm"
@@ -148,6 +153,7 @@ def _run(args: argparse.Namespace, words: Sequence[str]) -> dict[str, Any] | Non
     arms.check_truth(chosen, problems.tasks)
     if chosen:
         require({task.verifier for task in problems.tasks})
+    _check_kept(folder, chosen, args.credit)
     names = f", {len(chosen)} arms: {', '.join(arm.name for arm in chosen)}" if chosen else ""
     if share.rank == 0:
         _say(f"{len(problems.tasks)} problems{names}")
@@ -179,6 +185,8 @@ def _measured(
     folder: Path,
 ) -> dict[str, Any]:
     """What all answers together say, and the credit of the examples of `some` problems; written into `folder`."""
+    # another call may have written its report meanwhile
+    _check_kept(folder, chosen, args.credit)
     credit = attribution.measure(wanted, some, args.batch, _say) if some else None
     if credit:
         write_atomic(folder / "credit.json", json.dumps(credit, indent=1, allow_nan=False) + "\n")
@@ -238,6 +246,30 @@ def _usable_folder(folder: Path, resume: bool) -> Path:
             f"--out {folder} exists, and nothing is overwritten: name another folder, or go on with it by --resume"
         )
     return folder
+
+
+def _check_kept(folder: Path, chosen: Sequence[Arm], credit: int | None) -> None:
+    """Raise MassError where the folder's report has what that of this call would not have. An arm without its file is none."""
+    path = folder / "results.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    names = [arm.name for arm in chosen]
+    there = [x["arm"] for x in found["arms"] if (folder / arms.file_of(x["arm"])).is_file()]
+    lost = [name for name in there if name not in names]
+    if lost:
+        whole = ",".join([*there, *(name for name in names if name not in there)])
+        raise MassError(
+            f"{path} has the arm{'s' * (len(lost) > 1)} {', '.join(lost)}, which this call does not name, and would be replaced. "
+            f"Name all of them, with the settings that they had: --methods {shlex.quote(whole)} (what is answered stays); or "
+            "name another --out"
+        )
+    if found.get("credit") and credit is None:
+        raise MassError(
+            f"{path} has the credit of {found['credit']['problems']} problems, and would be replaced. Give --credit as well, "
+            "which measures it again; or name another --out"
+        )
 
 
 @contextlib.contextmanager

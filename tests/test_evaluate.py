@@ -4,11 +4,13 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import threading
 from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from ranks import Ranks
 
 from mass import answers, arms, compare, evaluate, filerun
 from mass.choices.kit import sample
+from mass.errors import MassError
 from mass.filerun import adapt_problems
 from mass.kit import build_kit
 from mass.model import load
@@ -277,17 +280,52 @@ def test_nothing_is_loaded_when_nothing_is_left(
     real = arms.settings_key
     monkeypatch.setattr(arms, "settings_key", lambda *of: hashed.append(of) or real(*of))
     argv = ["--run", str(run), "--batch", "4", "--out", str(done), "--resume"]
-    assert evaluate.main([*argv, "--methods", "none,mass"]) == 0
-    assert len(hashed) == 2, "what an arm depends on is hashed once, not for every problem"
+    assert evaluate.main([*argv, "--methods", ARMS]) == 0
+    assert len(hashed) == 6, "what an arm depends on is hashed once, not for every problem"
     said = capsys.readouterr()
-    assert "10 problems" in said.out and "vs none" in said.out and "vs vote" not in said.out
+    assert "10 problems" in said.out and "vs none" in said.out
     # a kill may come when all answers are there but not in order yet; put back for the other tests
     lines = (done / "mass.jsonl").read_bytes().splitlines(True)
     (done / "mass.jsonl").write_bytes(b"".join(reversed(lines)))
     assert evaluate.main([*argv, "--methods", ARMS]) == 0
     assert (done / "mass.jsonl").read_bytes() == b"".join(lines)
-    assert evaluate.main([*argv, "--methods", "mass", "inner.lr=1"]) == 2
+    assert evaluate.main([*argv, "--methods", ARMS, "inner.lr=1"]) == 2
     assert "other settings" in capsys.readouterr().err
+
+
+def test_a_report_is_not_replaced_by_one_that_has_less(
+    run: Path, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(answers, "load", lambda *_, **__: pytest.fail("a model is loaded"))
+    monkeypatch.setattr(evaluate.attribution, "build_kit", lambda *_: pytest.fail("a model is loaded"))
+    out = shutil.copytree(done, tmp_path / "out")
+    argv = ["--run", str(run), "--batch", "4", "--out", str(out), "--resume"]
+    before = (out / "results.json").read_text()
+    whole = "'none,vote,quest,mass,mass[inner.steps=1],base:quest,pick'"
+    for more, sentence in [
+        (["--methods", "mass,pick"], f"the arms none, vote, quest, mass[inner.steps=1], base:quest, which this call does not name, and would be replaced. Name all of them, with the settings that they had: --methods {whole}"),
+        (["--credit", "2", "meta_gradient.mode=reverse"], "has the arms none, vote,"),
+    ]:  # fmt: skip
+        assert evaluate.main([*argv, *more]) == 2
+        assert sentence in capsys.readouterr().err
+    assert (out / "results.json").read_text() == before
+    # what another call has written while this one answered
+    few = arms.parse("mass", plan(str(run), None), [], (str(run), None))
+    with pytest.raises(MassError, match="has the arms none, vote,"):
+        evaluate._measured(SimpleNamespace(credit=None), [], None, few, None, [], out)  # type: ignore[arg-type]
+    # an arm whose file is gone is none, and a credit is kept
+    (out / "vote.jsonl").unlink()
+    less = ARMS.replace("vote,", "")
+    assert evaluate.main([*argv, "--methods", less]) == 0
+    found = json.loads((out / "results.json").read_text())
+    assert [arm["arm"] for arm in found["arms"]] == less.split(",")
+    (out / "results.json").write_text(json.dumps({**found, "credit": {"problems": 3}}))
+    capsys.readouterr()
+    assert evaluate.main([*argv, "--methods", less]) == 2
+    assert (
+        "has the credit of 3 problems, and would be replaced. Give --credit as well"
+        in capsys.readouterr().err
+    )
 
 
 def test_another_call_s_report_is_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
