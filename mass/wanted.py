@@ -14,11 +14,12 @@ import yaml
 from transformers import PreTrainedModel
 
 from mass import checkpoint, chooser, recipe
-from mass.choices import teacher_made
+from mass.choices import teacher_made, training_problems
 from mass.errors import MassError
 from mass.keys import said
 from mass.lora import read_peft_shape
-from mass.methods import AUTO, Method, check, find
+from mass.methods import AUTO, METHODS, Method, check, find
+from mass.model import read_config
 from mass.problems import Problem, Task
 from mass.prompts import pick_shots
 from mass.recipe import Recipe
@@ -78,12 +79,16 @@ class Plan:
 
         `has_truth`: the problems are of a world; `bare`: without what the run trained."""
         r, trained = self.recipe, None if bare else self.step
+        pool = self.pool_size
+        if pool and self.step is None and name in METHODS and METHODS[name].examples is training_problems:
+            # prompt.pool is the most, and the sources may have fewer
+            pool = len(pool_of(self))
         fitted = self.fitted if trained else None
         row = find(
             name,
             has_scorer=trained is not None,
             # a missing file is for `build_kit` to complain of
-            has_pool=self.pool_size != 0,
+            has_pool=pool != 0,
             has_teacher=self.teacher is not None,
             has_chooser=fitted is not None,
             has_truth=has_truth,
@@ -93,15 +98,18 @@ class Plan:
             name,
             guard=r.guard,
             examples=r.generate.examples,
-            pool=self.pool_size,
+            pool=pool,
             budget=self.budget,
             answer_tokens=r.generate.answer_tokens,
             fitted=fitted,
         )
         if name == AUTO and fitted:
             self._check_fitted(fitted)
-        if row.examples is teacher_made and self.teacher:
-            endpoint(self.teacher)
+        if row.examples is teacher_made and self.teacher and not endpoint(self.teacher):
+            try:
+                read_config(self.teacher, r.model.dtype, r.model.cache)
+            except MassError as error:
+                raise MassError(str(error).replace("model.path=", "--teacher ", 1)) from None
         return row
 
     def _check_fitted(self, fitted: chooser.Chooser) -> None:
@@ -276,6 +284,12 @@ def check_shots(plan: Plan, pool: Sequence[Task]) -> None:
     are shown to each other."""
     r = plan.recipe
     p = r.prompt
+    if r.guard.fisher and not pool:
+        where = f"in {plan.step.parent / 'shots.jsonl'}" if plan.step else "here"
+        raise MassError(
+            f"guard.fisher={r.guard.fisher:g} takes the Fisher information of training problems, and there are none {where}: "
+            f"{'' if plan.step else 'set problems.train=FILE.jsonl, or '}leave it out"
+        )
     try:
         for target in [x.problem.id for x in pool] if r.guard.fisher else [""]:
             pick_shots(pool, p.solve_shots, r.run.seed, target, pairs=p.generate_shots)

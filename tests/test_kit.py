@@ -149,13 +149,22 @@ def test_auto_is_for_the_step_and_the_settings_that_it_was_fitted_with(
 def test_what_a_method_cannot_work_under_is_said_by_the_plan(run: Path, tmp_path: Path) -> None:
     copy = str(fitted_run(run, tmp_path, 30))
     file = tmp_path / "train.jsonl"
-    file.touch()
+    rows = [json.dumps({"problem": f"{i}?", "answer": str(i)}) + "\n" for i in range(40)]
+    file.write_text("".join(rows))
+    few, one = tmp_path / "few.jsonl", tmp_path / "one.jsonl"
+    few.write_text("".join(rows[:8]))
+    one.write_text(rows[0])
     cases = [
         (plan(copy, None), "random", {}, "generate.examples=5", "generate.examples=5 .* and 4 are set aside"),
         (plan(copy, None), "ttrl", {}, "guard.restore=0.1", "leave guard.* out"),
         (plan(copy, None), "auto", {"budget": 40}, "", "fitted under --budget 30, not 40"),
         (plan(copy, None), "auto", {}, "generate.answer_tokens=31", "less than generate.answer_tokens=31"),
         (plan(None, "tiny:llama"), "random", {}, f"problems.train={file} generate.examples=17", "and 16 are set aside"),
+        # a file may give fewer than prompt.pool, under a budget none at all
+        (plan(None, "tiny:llama"), "random", {}, f"problems.train={few} prompt.generate_shots=0", "and 4 are set aside"),
+        (plan(None, "tiny:llama"), "random", {"budget": 300}, f"problems.train={one} prompt.generate_shots=0", "there are none here"),
+        (plan(copy, None), "tt-d", {"teacher": str(tmp_path / "no")}, "", "--teacher .*/no: there is no such folder"),
+        (plan(copy, None), "tt-d", {"teacher": str(tmp_path)}, "", "--teacher .*: this folder has no config.json"),
     ]  # fmt: skip
     for good, name, changes, more, sentence in cases:
         source = (copy, None) if good.step else (None, "tiny:llama")
@@ -237,6 +246,14 @@ def test_shots_that_are_not_there_are_missed_before_anything_is_loaded(
         plan(str(run), None, ["prompt.solve_shots=5", "prompt.pool=20"])
     with pytest.raises(MassError, match=r"solve_shots=3 .* problems.train gives 2 \(3 shots wanted"):
         build_kit(plan(None, "tiny:llama", [f"problems.train={file}", "prompt.solve_shots=3"]))
+    with pytest.raises(
+        MassError, match="guard.fisher=1 takes .* none here: set problems.train=FILE.jsonl, or leave it"
+    ):
+        plan(None, "tiny:llama", ["guard.fisher=1"])
+    bare = shutil.copytree(run, tmp_path / "bare")
+    (bare / "shots.jsonl").write_text("")
+    with pytest.raises(MassError, match="guard.fisher=1 .* none in .*shots.jsonl: leave it out"):
+        plan(str(bare), None, ["guard.fisher=1", "prompt.generate_shots=0"])
     # the Fisher information shows problems of the pool to each other
     with pytest.raises(MassError, match=r"holds 4 of the run's"):
         plan(str(run), None, ["prompt.solve_shots=4", "guard.fisher=1"])
