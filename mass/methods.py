@@ -123,8 +123,8 @@ def find(
         )
     if method.examples is training_problems and not has_pool:
         raise MassError(
-            f"method {name} draws training problems, and there are none here: set problems.train=FILE.jsonl (and prompt.pool "
-            "above 0), or train the run with prompt.pool=16."
+            f"method {name} draws training problems, and there are none here: set problems.train=FILE.jsonl and prompt.pool "
+            "above 0 beside a bare model, or train the run with prompt.pool=16."
         )
     if method.examples is teacher_made and not has_teacher:
         raise MassError(
