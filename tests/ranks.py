@@ -1,8 +1,8 @@
 """Runs a function in W fresh processes joined as ranks, without paying the import of torch and DeepSpeed each time.
 
 `with Ranks() as ranks: done = ranks("mass.console:train", [argv], world=2)`. One helper process imports `mass.train` and what a
-run imports later, and forks the ranks, which find RANK, WORLD_SIZE and the like in their environment as under any launcher. Nothing of torch
-runs in the helper before it forks.
+run imports later, loads the code that `mass.rowkernel` compiles, and forks the ranks, which find RANK, WORLD_SIZE and the like in their
+environment as under any launcher. Nothing of torch runs in the helper before it forks, and no compiled loop.
 """
 
 import importlib
@@ -98,6 +98,10 @@ def _serve() -> None:
     import torch.utils.tensorboard  # noqa: F401
 
     import mass.train  # noqa: F401
+    from mass import rowkernel
+
+    # compiled here, it is there in every rank
+    rowkernel.library()
 
     for line in sys.stdin:
         target, arguments, world, limit, grace, folder = json.loads(line)
