@@ -188,8 +188,8 @@ def naive_outer(
     counts: tuple[bool, ...] = (True,) * T,
     score_TN: Tensor | None = None,
 ) -> float:
-    """Gold loss after adaptation, mean over tasks: scores -> weights -> K steps -> loss, task by task. `score_TN`: in place
-    of the head's."""
+    """Gold loss after adaptation, mean over tasks: scores -> weights -> K steps -> loss, task by task; a task that does
+    not count adds 0. `score_TN`: in place of the head's."""
     eta, policy = eta or world.eta, policy or world.policy
     s, r = world.setting, world.setting.recipe
     if score_TN is None:
@@ -200,6 +200,8 @@ def naive_outer(
         score_TN = torch.func.functional_call(s.head, dict(eta), inputs).detach()
     total = 0.0
     for t, task in enumerate(tasks()):
+        if not counts[t]:
+            continue
         examples = [e for e in world.practice.examples[t]]
         top = [torch.exp(score_TN[t, n] / r.scorer.temperature) * e.valid for n, e in enumerate(examples)]
         adapter = dict(policy)
@@ -228,7 +230,7 @@ def naive_outer(
                     root = (v / (1 - b2 ** (k + 1)) + r.inner.eps_root).sqrt()
                     adapter[key] = adapter[key] - rate * m / (1 - b1 ** (k + 1)) / (root + r.inner.eps)
         with torch.no_grad():
-            total += naive_loss(world, task.problem.text, task.solution, adapter).item() * counts[t]
+            total += naive_loss(world, task.problem.text, task.solution, adapter).item()
     return total / T
 
 
