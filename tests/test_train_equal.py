@@ -22,7 +22,7 @@ COMBINATIONS = {
     ("verifier", "sgd"): [1],
     ("verifier", "adam"): [0, 3],
 }
-STEPS = 5
+STEPS = 3
 # means over tasks, some of them over the tasks that have a value
 MEANS = (
     "meta/loss", "meta/loss_before", "meta/gain", "meta/exploded", "inner/loss_first", "inner/loss_last", "inner/clipped",
@@ -76,9 +76,12 @@ def both(ranks: Ranks, recipe: Path, tmp_path_factory: pytest.TempPathFactory) -
 def test_two_ranks_with_t_tasks_are_one_rank_with_2t(both: tuple[Pairs, Pairs]) -> None:
     """At stages 0, 1 and 2."""
     equal_runs(both[0])
-    log = log_of(both[0][0][0])[:STEPS]
-    assert min(x["generator/valid"] for x in log) > 0.2 and log[-1]["scorer/grad_norm"] > 1e-3
-    assert any(0 < x["generator/empty_tasks"] < 1 for x in log), "tasks that have no mean of their own"
+    logs = [log_of(one)[:STEPS] for one, _ in both[0]]
+    assert min(x["generator/valid"] for log in logs for x in log) > 0.2
+    assert min(max(x["scorer/grad_norm"] for x in log) for log in logs) > 1e-3
+    assert any(0 < x["generator/empty_tasks"] < 1 for log in logs for x in log), (
+        "tasks that have no mean of their own"
+    )
 
 
 @pytest.mark.slow
@@ -89,24 +92,12 @@ def test_two_ranks_with_t_tasks_are_one_rank_with_2t_at_stage_3(both: tuple[Pair
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_the_scorer_s_parameters_move_by_their_gradient_and_not_by_rounding(
-    both: tuple[Pairs, Pairs],
-) -> None:
-    for one, two in both[0]:
-        a, b = tensors(step_of(one, STEPS)), tensors(step_of(two, STEPS))
-        for key in a:
-            if key.startswith("scorer"):
-                torch.testing.assert_close(a[key], b[key], rtol=0, atol=1e-6)
-
-
-@pytest.mark.slow
-@pytest.mark.multiprocess
 def test_four_ranks_with_one_task_are_one_rank_with_four(ranks: Ranks, recipe: Path, tmp_path: Path) -> None:
     """At stage 3, where no rank has the whole base."""
-    own = [str(recipe), f"run.folder={tmp_path}", "outer.steps=3", "save.every=3", "generate.temperature=1.4"]
+    own = [str(recipe), f"run.folder={tmp_path}", "outer.steps=2", "save.every=2", "generate.temperature=1.4"]
     ranks("mass.console:train", [*own, "run.name=one", "outer.tasks=4"]).good()
     ranks("mass.console:train", [*own, "run.name=four", "outer.tasks=1", "zero.stage=3"], world=4).good()
-    equal_runs([(tmp_path / "one", tmp_path / "four")], steps=3)
+    equal_runs([(tmp_path / "one", tmp_path / "four")], steps=2)
 
 
 def mean_gap(a: dict[str, Any], b: dict[str, Any], tag: str) -> float:
@@ -173,7 +164,7 @@ def recording_shards(words: list[str], wanted: dict[str, Any], offloads: bool) -
         patch.setattr(engine, "settings", recorded)
         train.train(load(words[0], words[1:]))
     distributed.stop()
-    assert seen == [wanted]
+    assert seen == [wanted] and configs
     assert all(("offload_optimizer" in config["zero_optimization"]) == offloads for config in configs)
 
 
@@ -263,21 +254,21 @@ def test_resume_at_other_sizes_and_stages(ranks: Ranks, recipe: Path, tmp_path: 
     That one works its tasks three at a time, so an outer step in parts (3 and 1 tasks) is compared as well.
     """
     own = [str(recipe), f"run.folder={tmp_path}", "save.every=1", "outer.loss=verifier"]
-    whole = [*own, "run.name=whole", "outer.tasks=4", "outer.steps=4"]
+    whole = [*own, "run.name=whole", "outer.tasks=4", "outer.steps=3"]
     ranks("runs:many", [whole, [*whole, "run.name=accumulated", "outer.tasks_at_once=3"]], limit=250).good()
     moved = [*own, "run.name=moved", "run.resume=auto"]
-    for world, stage, steps in ((2, 1, 1), (1, 3, 2), (2, 0, 4)):
+    for world, stage, steps in ((2, 1, 1), (1, 3, 2), (2, 0, 3)):
         size = [f"outer.tasks={4 // world}", f"zero.stage={stage}", f"outer.steps={steps}"]
         ranks("mass.console:train", [*moved, *size], world=world).good()
-    a, one = tensors(step_of(tmp_path / "whole", 4)), log_of(tmp_path / "whole")
-    assert all(x["reward/solve_after"] > 0 and x["tokens/generated"] > 0 for x in one[:4])
+    a, one = tensors(step_of(tmp_path / "whole", 3)), log_of(tmp_path / "whole")
+    assert all(x["reward/solve_after"] > 0 and x["tokens/generated"] > 0 for x in one[:3])
     for name in ("moved", "accumulated"):
-        b, other = tensors(step_of(tmp_path / name, 4)), log_of(tmp_path / name)
+        b, other = tensors(step_of(tmp_path / name, 3)), log_of(tmp_path / name)
         for key in a:
             moment = key.startswith(("optimizer m:", "optimizer v:"))
             gap = (a[key].double() - b[key].double()).abs().max().item()
             assert gap <= 1e-6 + 1e-3 * a[key].abs().max() * moment, (name, key, gap)
-        for x, y in zip(one[:4], other[:4], strict=True):
+        for x, y in zip(one[:3], other[:3], strict=True):
             for tag in (
                 "meta/loss",
                 "meta/gain",
