@@ -1,11 +1,9 @@
 """mass.harness: lm-evaluation-harness runs a local task on a run, with mass-eval's own answers and accuracy."""
 
 import json
-import os
 import re
 import runpy
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +30,7 @@ from mass.wanted import plan
 COUNT = 8
 BATCH = 4
 METHODS = ("none", "vote", "mass")
+ARM = "mass[inner.steps=1]"
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +102,7 @@ def local(tmp_path_factory: pytest.TempPathFactory, problems: Path) -> Path:
 def ours(run: Path, problems: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """mass-eval on the same problems."""
     out = tmp_path_factory.mktemp("ours") / "out"
-    argv = ["--run", str(run), "--methods", ",".join(METHODS), "--problems", str(problems)]
+    argv = ["--run", str(run), "--methods", ",".join([*METHODS, ARM]), "--problems", str(problems)]
     assert evaluate.main([*argv, "--batch", str(BATCH), "--out", str(out)]) == 0
     return out
 
@@ -138,31 +137,29 @@ def test_a_local_task_has_the_answers_and_the_accuracy_of_mass_eval(
 
 
 @pytest.mark.slow
-def test_the_command_is_lm_eval_with_this_model(run: Path, local: Path, ours: Path, tmp_path: Path) -> None:
-    argv = [
-        "--model",
-        "mass",
-        "--model_args",
-        f"run={run},method=mass,inner.steps=2",
-        "--batch_size",
-        str(BATCH),
-    ]
-    argv += ["--tasks", "held", "--include_path", str(local), "--output_path", str(tmp_path / "out.json")]
-    root = str(Path(harness.__file__).parents[1])
-    done = subprocess.run(
-        [sys.executable, "-m", "mass.harness", *argv],
-        env={**os.environ, "PYTHONPATH": root, "HF_HUB_OFFLINE": "1"},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    accuracy = sum(row["score"] for row in rows(ours / "mass.jsonl")) / COUNT
+def test_the_command_is_lm_eval_with_this_model(
+    local: Path,
+    run: Path,
+    ours: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A recipe key among the model's arguments is the arm's of that key."""
+    argv = ["--model", "mass", "--model_args", f"run={run},method=mass,inner.steps=1"]
+    argv += ["--batch_size", str(BATCH), "--tasks", "held", "--include_path", str(local)]
+    monkeypatch.setattr(sys, "argv", ["mass.harness", *argv, "--output_path", str(tmp_path / "out.json")])
+    assert harness.main() == 0
     (written,) = tmp_path.glob("out*.json")
     found = json.loads(written.read_text())
-    assert found["results"]["held"]["exact_match,stated"] == accuracy
-    assert found["config"]["mass"]["documents"] == COUNT and "|held" in done.stdout
+    one, two = (
+        next(x for x in json.loads((ours / "results.json").read_text())["arms"] if x["arm"] == name)
+        for name in (ARM, "mass")
+    )
+    assert found["results"]["held"]["exact_match,stated"] == one["accuracy"]
+    about = found["config"]["mass"]
+    assert about["documents"] == COUNT and "|held" in capsys.readouterr().out
+    assert about["trained"] / COUNT == one["trained"] == pytest.approx(two["trained"] / 2)
 
 
 # ---- what becomes the problem
