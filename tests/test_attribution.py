@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +11,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from folders import make_tiny_run
-from ranks import ROOT, clean_environment
+from ranks import Ranks
 from scipy import stats
 
 from mass import attribution, compare, curves, evaluate, figures, results, tally
@@ -24,31 +22,24 @@ DATA = Path(__file__).parent / "data"
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The families world with its small base: 4 steps of 4 tasks."""
     folder = tmp_path_factory.mktemp("runs")
-    command = [
-        str(Path(sys.executable).parent / "mass-train"),
+    words = [
         "recipes/families.yaml",
         f"run.folder={folder}",
-    ]
-    command += [
         f"model.path={DATA / 'families'}",
         "outer.steps=4",
         "outer.tasks=4",
         "evaluate.every=2",
         "save.every=2",
-    ]
-    command += [
         "problems.heldout_size=12",
         "evaluate.problems=4",
         "log.tensorboard=false",
         "log.samples_every=0",
         "meta_gradient.mode=reverse",
     ]
-    environment = clean_environment() | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    ranks("mass.console:train", words, limit=300).good()
     return folder / "families"
 
 
