@@ -1,14 +1,10 @@
 """Run folders with hand-made contents, nothing trained: what `mass.checkpoint` writes and reads, and how it is compared."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-import mass
 from mass.checkpoint import Run, commit, open_run, steps
 from mass.lora import Layers, LoraLinear, LoraShape, fresh
 from mass.stepfolder import Contents
@@ -82,16 +78,3 @@ def names(run: Run) -> list[str]:
 
 def hidden(folder: Path) -> list[str]:
     return [path.name for path in folder.glob(".*") if path.name != ".lock"]
-
-
-def python(code: str, *arguments: str) -> subprocess.CompletedProcess:
-    paths = os.pathsep.join([str(Path(mass.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return done

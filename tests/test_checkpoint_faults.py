@@ -4,12 +4,12 @@ import errno
 import os
 import re
 import shutil
-from pathlib import Path
+import signal
 
 import pytest
-from saves import RECIPE, assert_same, begin, contents, hidden, make_layers, names, python
+from saves import RECIPE, assert_same, begin, contents, hidden, make_layers, names
 
-from mass.checkpoint import latest, load, open_run, save, steps
+from mass.checkpoint import Run, latest, load, open_run, save, steps
 from mass.errors import MassError
 from mass.stepfolder import FILES
 
@@ -92,17 +92,25 @@ def test_a_full_disk_keeps_earlier_saves(small_disk, free):
     save(run, 20, contents(2), keep=3)
 
 
-KILLED = """
-import os, shutil, signal, sys
-sys.path.insert(0, sys.argv[2])
-from pathlib import Path
-from saves import RECIPE, contents, make_layers
-from mass.checkpoint import load, open_run, save, steps
+def killed(place: str) -> None:
+    """In a process of its own: for n = 0, 1, ... a save that is killed at its n-th call that changes the disk, and the steps
+    that are there then."""
+    for n in range(1000):
+        run = open_run(place, f"run{n}", RECIPE, "no")
+        save(run, 10, contents(1), keep=1)
+        pid = os.fork()
+        if pid == 0:
+            save_until(run, n)
+        _, status = os.waitpid(pid, 0)
+        if os.WIFEXITED(status):
+            assert os.WEXITSTATUS(status) == 0
+            break
+        print(*(step.name for step in steps(run.folder)))
 
-place = Path(sys.argv[1])
 
-def child(run, n):
+def save_until(run: Run, n: int) -> None:
     count = 0
+
     def deadly(real):
         def call(*args, **kwargs):
             nonlocal count
@@ -110,30 +118,19 @@ def child(run, n):
                 os.kill(os.getpid(), signal.SIGKILL)
             count += 1
             return real(*args, **kwargs)
+
         return call
-    for module, name in ((os, "fsync"), (os, "rename"), (os, "replace"), (os, "unlink"), (os, "rmdir")):
-        setattr(module, name, deadly(getattr(module, name)))
+
+    for name in ("fsync", "rename", "replace", "unlink", "rmdir"):
+        setattr(os, name, deadly(getattr(os, name)))
     save(run, 20, contents(2), keep=1)
     os._exit(0)
-
-for n in range(1000):
-    run = open_run(place, f"run{n}", RECIPE, "no")
-    save(run, 10, contents(1), keep=1)
-    pid = os.fork()
-    if pid == 0:
-        child(run, n)
-    _, status = os.waitpid(pid, 0)
-    if os.WIFEXITED(status):
-        assert os.WEXITSTATUS(status) == 0
-        break
-    print(*(step.name for step in steps(run.folder)))
-"""
 
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_kill_9_at_every_point_of_a_save_leaves_whole_steps_only(tmp_path):
-    out = python(KILLED, str(tmp_path), str(Path(__file__).parent)).stdout.splitlines()
+def test_kill_9_at_every_point_of_a_save_leaves_whole_steps_only(ranks, tmp_path):
+    out = ranks("test_checkpoint_faults:killed", str(tmp_path)).good().out[0].splitlines()
     assert len(out) > 15
     # before the rename, after it, and after the old step went: all three were seen
     assert {tuple(line.split()) for line in out} == {

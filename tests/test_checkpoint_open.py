@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from saves import RECIPE, assert_same, begin, contents, hidden, make_layers, names, python
+from saves import RECIPE, assert_same, begin, contents, hidden, make_layers, names
 
 from mass.checkpoint import commit, load, open_run, save
 from mass.errors import MassError
@@ -155,16 +155,20 @@ def test_leftovers_of_a_kill_are_removed(tmp_path):
     assert hidden(run.folder) == []
 
 
-def test_a_run_in_use_by_another_process_is_refused(tmp_path):
+def refused(folder: str) -> None:
+    """In another process: says why a run is not opened."""
+    try:
+        open_run(folder, "a", "", "auto")
+    except MassError as error:
+        print(error)
+
+
+@pytest.mark.multiprocess
+def test_a_run_in_use_by_another_process_is_refused(ranks, tmp_path):
     run = begin(tmp_path)
     begin(tmp_path, "auto")  # the same process may reopen it
     (run.folder / ".step_000010.tmp-123").mkdir()
-    code = (
-        "import sys; from mass.checkpoint import open_run; from mass.errors import MassError\n"
-        "try: open_run(sys.argv[1], 'a', '', 'auto')\n"
-        "except MassError as error: print(error)"
-    )
-    out = python(code, str(tmp_path)).stdout
+    out = ranks("test_checkpoint_open:refused", str(tmp_path)).good().out[0]
     assert f"is in use by process {os.getpid()}" in out
     # what a living process is writing was not taken for a leftover
     assert hidden(run.folder) == [".step_000010.tmp-123"]

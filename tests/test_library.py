@@ -1,8 +1,10 @@
 """mass.adapt: the function, on models in memory that are left as they were found."""
 
 import importlib
+import runpy
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +15,7 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from chain import save_chain
 from peft import LoraConfig, get_peft_model
+from ranks import Ranks
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -189,21 +192,29 @@ def test_problems_from_python() -> None:
     ]
 
 
-def test_the_name_is_the_function_whatever_was_imported() -> None:
+def named() -> None:
+    """In a process that has not asked for it before."""
+    assert "mass.adapt.__main__" not in sys.modules
+    import mass.adapt as again
+    import mass.adapt.__main__  # noqa: F401
+    from mass import adapt
+
+    assert adapt is again is mass.adapt and mass.adapt.__name__ == "adapt", mass.adapt
+
+
+def as_module() -> None:
+    """`python -W error::RuntimeWarning -m mass.adapt --help`"""
+    warnings.simplefilter("error", RuntimeWarning)
+    sys.argv[1:] = ["--help"]
+    runpy.run_module("mass.adapt", run_name="__main__", alter_sys=True)
+
+
+@pytest.mark.multiprocess
+def test_the_name_is_the_function_whatever_was_imported(ranks: Ranks) -> None:
     assert importlib.import_module("mass.adapt").adapt is mass.adapt and callable(mass.adapt)
-    code = """
-import sys, mass
-import mass.adapt.__main__, mass.adapt as again, mass.command
-from mass import adapt
-assert adapt is again is mass.adapt and mass.adapt.__name__ == 'adapt', mass.adapt
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
+    ranks("test_library:named").good()
     light = "import sys, mass, mass.recipe, mass.rewards; assert not {'torch', 'transformers', 'jinja2'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", light], check=True)
-    said = subprocess.run(
-        [sys.executable, "-W", "error::RuntimeWarning", "-m", "mass.adapt", "--help"],
-        capture_output=True,
-        text=True,
-    )
-    assert said.returncode == 0 and said.stdout.startswith("usage: mass-adapt"), said.stderr
+    said = ranks("test_library:as_module").good().out[0]
+    assert said.startswith("usage: mass-adapt"), said
     assert filerun.adapt_problems.__module__ == "mass.filerun"
