@@ -246,20 +246,19 @@ def killed(argv: list[str], calls: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_a_killed_call_goes_on_to_the_same_files(run: Path, done: Path, tmp_path: Path) -> None:
+def test_a_killed_call_goes_on_to_the_same_files(ranks: Ranks, run: Path, done: Path, tmp_path: Path) -> None:
     argv = ["--run", str(run), "--methods", ARMS, "--batch", "4", "--out", str(tmp_path / "out"), "--resume"]
-    with Ranks() as ranks:
-        # in an arm that has its examples from another
-        assert ranks("test_evaluate:killed", argv, 11).codes == [-signal.SIGKILL]
-        assert not (tmp_path / "out" / "results.json").exists()
-        last = ranks("mass.evaluate:main", argv).good()
-        # all is there: one of two processes makes the table, and the credit without arms
-        table = ranks("mass.evaluate:main", argv, world=2).good()
-        credit = ranks(
-            "mass.evaluate:main",
-            [*argv[:2], "--credit", "2", "meta_gradient.mode=reverse", "--out", str(tmp_path / "c")],
-            world=2,
-        ).good()
+    # in an arm that has its examples from another
+    assert ranks("test_evaluate:killed", argv, 11).codes == [-signal.SIGKILL]
+    assert not (tmp_path / "out" / "results.json").exists()
+    last = ranks("mass.evaluate:main", argv).good()
+    # all is there: one of two processes makes the table, and the credit without arms
+    table = ranks("mass.evaluate:main", argv, world=2).good()
+    credit = ranks(
+        "mass.evaluate:main",
+        [*argv[:2], "--credit", "2", "meta_gradient.mode=reverse", "--out", str(tmp_path / "c")],
+        world=2,
+    ).good()
     assert "10 problems" in table.out[0] and not table.out[1].strip()
     assert "Is the credit right" in credit.out[0] and not credit.out[1].strip()
     assert "none: 10 of 10 problems have their answer" in last.err[0]

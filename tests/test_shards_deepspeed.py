@@ -3,7 +3,6 @@
 import gc
 import weakref
 
-import deepspeed
 import pytest
 import torch
 from ranks import Ranks
@@ -61,6 +60,8 @@ def on_each_rank() -> None:
 
 def whole_to_deepspeed(shards: Shards, values: dict[str, Tensor]) -> None:
     """A unit, gathered by DeepSpeed's own context, has every matrix, and is given up after it."""
+    import deepspeed
+
     with deepspeed.zero.GatheredParameters(shards.parameters()):
         for unit in shards.units:
             assert unit.parameter.shape == (unit.size,)
@@ -71,6 +72,8 @@ def whole_to_deepspeed(shards: Shards, values: dict[str, Tensor]) -> None:
 
 def changed_by_deepspeed(shards: Shards, hf: nn.Module) -> None:
     """What DeepSpeed's context writes is what the layers gather: there is one copy of the part."""
+    import deepspeed
+
     name = "model.layers.1.mlp.up_proj.weight"
     u, i = shards._place[name]
     unit = shards.units[u]
