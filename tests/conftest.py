@@ -1,4 +1,9 @@
-"""Fixtures that several test files share. A test that changes one makes its own."""
+"""Fixtures that several test files share. A test that changes one makes its own.
+
+What is large is imported where it is used: the process that hands tests out to pytest-xdist's workers reads this file and runs none.
+"""
+
+from __future__ import annotations
 
 import os
 
@@ -9,24 +14,17 @@ import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from chain import save_chain
-from handmade import GOOD, PROBLEMS
 from ranks import Ranks
-from runs import write_recipe
-from tiny import tiny, tiny_kit, tiny_lm
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
-from writers import build
 
-from mass import choices, method
-from mass.choices import Kit
-from mass.generate import Rollout
-from mass.model import LanguageModel
-from mass.practice import Practice, pack_examples
-from mass.prompts import Example
-from mass.tiny import byte_tokenizer
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from mass.choices import Kit
+    from mass.model import LanguageModel
+    from mass.practice import Practice
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -40,24 +38,32 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
+    from mass.tiny import byte_tokenizer
+
     return byte_tokenizer()
 
 
 @pytest.fixture(scope="session")
 def tiny_llama() -> PreTrainedModel:
     """A random two-layer Llama in float64, without LoRA slots."""
+    from tiny import tiny
+
     return tiny("llama")[0]
 
 
 @pytest.fixture(scope="session")
 def tiny_llama_lm() -> LanguageModel:
     """The same with empty LoRA slots of rank 2 on every linear layer."""
+    from tiny import tiny_lm
+
     return tiny_lm("llama")
 
 
 @pytest.fixture(scope="module")
 def llama() -> Any:
     """A model of tests/writers.py."""
+    from writers import build
+
     return build()
 
 
@@ -70,24 +76,36 @@ def ranks() -> Iterator[Ranks]:
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of tests/chain.py's model."""
+    from chain import save_chain
+
     return save_chain(tmp_path_factory.mktemp("model") / "chain")
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory, chain: Path) -> Path:
     """A recipe on the chain model and problems that it can solve by luck."""
+    from runs import write_recipe
+
     return write_recipe(tmp_path_factory.mktemp("recipe"), chain)
 
 
 @pytest.fixture(scope="module")
 def kit() -> Kit:
     """Test time on a tiny random model, four examples a problem."""
+    from tiny import tiny_kit
+
     return tiny_kit(examples=4)
 
 
 @pytest.fixture
 def handmade(monkeypatch: pytest.MonkeyPatch) -> None:
     """GOOD of tests/handmade.py as what the model writes, three tokens each."""
+    from handmade import GOOD, PROBLEMS
+
+    from mass import choices
+    from mass.generate import Rollout
+    from mass.practice import Practice, pack_examples
+    from mass.prompts import Example
 
     def read(
         lm: LanguageModel, prompts: Any, targets: Sequence[str], rollouts: Any, solve_shots: Any
@@ -111,6 +129,8 @@ def handmade(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def answers(monkeypatch: pytest.MonkeyPatch) -> None:
     """A random model states no answer: its first character counts as one."""
+    from mass import choices, method
+
     stated = lambda text, **_: text[:1] or None  # noqa: E731
     for module in (
         choices.answers,
