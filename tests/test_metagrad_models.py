@@ -105,12 +105,16 @@ def test_error_with_a_bf16_base(engine: str, name: str) -> None:
     assert error(got.init, want.init) < 0.1
 
 
-@pytest.mark.parametrize("engine,bound", [("central", 0.25), ("one-sided", 1.0)])
+@pytest.mark.parametrize("engine,bound", [("central", 0.25), ("one-sided", 0.75)])
 def test_error_of_finite_differences_with_a_bf16_base(engine: str, bound: float) -> None:
+    """Seen: central differences 6 % to 19 %, one-sided 29 % to 61 %; along the true gradient 0.92 to 1.07 and 0.81 to 1.03
+    of it, where a gradient of nothing but noise has 0."""
     for name in FAMILIES:
         world, want = rounded(name, torch.bfloat16)
         got = meta(world, engine, *RULES["momentum"], 2)
         assert error(got.weight_TN, want.weight_TN) < bound, name
+        along = (got.weight_TN * want.weight_TN).sum() / want.weight_TN.square().sum()
+        assert 0.65 < along < 1.35, name
 
 
 # ---- what must be off inside the sweep

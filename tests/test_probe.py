@@ -26,7 +26,7 @@ def open_recipe(name: str, *overrides: str) -> tuple[Setting, list[Task], Any, A
     tasks, _, pool = prepare.tasks_of(recipe)
     setting, _ = prepare.make_setting(recipe, HERE, pool, None)
     policy = lora.fresh(setting.lm.lora, recipe.lora.rank, torch.Generator().manual_seed(0))
-    eta = {key: p.detach() for key, p in setting.head.named_parameters()}
+    eta = {key: p.detach().clone() for key, p in setting.head.named_parameters()}
     return setting, Cursor(tasks, 0).next(16), policy, eta
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +20,9 @@ from mass import command, teacher
 from mass.choices import Kit, Teacher
 from mass.errors import MassError
 from mass.generate import Rollout
+from mass.lora import LoraShape
 from mass.methods import METHODS, solve
+from mass.model import language_model
 from mass.practice import Sampling
 from mass.problems import Problem
 from mass.prompts import make_prompts
@@ -167,12 +170,14 @@ def test_a_prompt_that_a_local_teacher_has_no_room_for_is_that_problem_s_reason(
 
 
 def test_teacher_that_is_a_model_writes_and_the_student_learns(
-    kit: Kit, monkeypatch: pytest.MonkeyPatch
+    kit: Kit, chain: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = tiny_lm("qwen2")
-    near = teacher.local(other, make_prompts(other.tokenizer, "plain"), Sampling(10, 1.0), kit.lm.tokenizer)
-    (own,) = near([PLAIN.text], [()], [[1, 2]])
-    assert [r.finished for r in own if isinstance(r, Rollout)] == [True, False]
+    other = language_model(str(chain), LoraShape(2, 4.0, ("all-linear",)), dtype="fp32", device="cpu")
+    near = teacher.local(other, make_prompts(other.tokenizer, "plain"), Sampling(16, 1.0), kit.lm.tokenizer)
+    monkeypatch.setitem(METHODS, "tt-d", replace(METHODS["tt-d"], gate=None))
+    (record,) = solve(replace(kit, teacher=near, examples=2), [PLAIN], "tt-d", baselines=False)
+    assert any(e.valid for e in record.examples) and len(record.steps) == 2
+    assert record.steps[1].after < record.steps[0].before
     with pytest.raises(
         MassError, match="tt-d has its examples from a stronger model: name it with --teacher"
     ):
