@@ -102,6 +102,7 @@ def handmade(monkeypatch: pytest.MonkeyPatch) -> None:
     """GOOD of tests/handmade.py as what the model writes, three tokens each."""
     from handmade import GOOD, PROBLEMS
 
+    import mass.methods  # noqa: F401  (all that a method chooses from)
     from mass import choices
     from mass.generate import Rollout
     from mass.practice import Practice, pack_examples
@@ -129,6 +130,7 @@ def handmade(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def answers(monkeypatch: pytest.MonkeyPatch) -> None:
     """A random model states no answer: its first character counts as one."""
+    import mass.methods  # noqa: F401  (all that a method chooses from)
     from mass import choices, method
 
     stated = lambda text, **_: text[:1] or None  # noqa: E731
