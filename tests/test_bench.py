@@ -69,7 +69,8 @@ def test_engines_and_peers_agree(engine: str, kind: str) -> None:
 
 
 def test_products_are_counted_against_first_order() -> None:
-    counts = {e: gradients.check(case(engine=e, tasks=1, layers=6, dtype="fp32")) for e in gradients.ENGINES}
+    engines = ("first_order", "unrolled", "reverse", "blockwise", "blockwise_kept")
+    counts = {e: gradients.check(case(engine=e, tasks=1, layers=6, dtype="fp32")) for e in engines}
     assert counts["first_order"]["products"] == pytest.approx(1)
     assert counts["unrolled"]["least"] == 2.0
     # the adapter's own products are no small part of so narrow a model: 2 and 3 are for wide ones
@@ -279,10 +280,10 @@ def test_the_script_samples_its_examples_as_mass_does_and_answers_greedily(count
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_the_command(tmp_path: Path) -> None:
-    words = ["--layers", "1", "--rounds", "1", "--cases", "blockwise/K1/tokens128/tasks1"]
+    words = ["--layers", "1", "--examples", "1", "--rounds", "1", "--cases", "blockwise/K1/tokens128/tasks1"]
     command = [sys.executable, str(LAUNCH / "meta_bench.py"), *words, "--json", str(tmp_path / "rows.json")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     (row,) = json.loads((tmp_path / "rows.json").read_text())
     assert row["seconds"] > 0 and 0 < row["peak_gb"] < 2 and row["rel_error"] < 1e-4
-    assert row["seconds_sweep"] < row["seconds"]
+    assert 0 < row["seconds_sweep"] < row["seconds"]

@@ -326,7 +326,7 @@ def test_one_outer_step_of_every_recipe_with_a_tiny_model_and_local_data(
         "meta_gradient.mode=reverse",
     ]
     evaluated = {
-        name: ["evaluate.problems=4", "evaluate.every=1"] if holds_out(r) else []
+        name: ["evaluate.problems=2", "evaluate.every=1"] if holds_out(r) else []
         for name, r in recipes.items()
     }
     ranks(
