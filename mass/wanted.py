@@ -109,7 +109,8 @@ class Plan:
             try:
                 read_config(self.teacher, r.model.dtype, r.model.cache)
             except MassError as error:
-                raise MassError(str(error).replace("model.path=", "--teacher ", 1)) from None
+                text = str(error).replace("model.path=", "--teacher ", 1)
+                raise MassError(text.replace("model.path", "--teacher")) from None
         return row
 
     def _check_fitted(self, fitted: chooser.Chooser) -> None:

@@ -218,7 +218,7 @@ def test_keys_that_would_do_nothing_are_refused_where_they_are_typed(run: Path, 
         ((peft, None), 'lora={"last": 1}', r"lora=.*: the adapter in .*peft was not made so"),
         ((peft, None), "inner.learned_lr=one", "inner.learned_lr=one: only a run that learned .* and set inner.lr"),
         (bare, "inner.learned_lr=layer", "inner.learned_lr=layer: only a run that learned"),
-        ((str(run), None), f"problems.train={file}", r"problems.train=\['.*train.jsonl'\]: .*shots.jsonl. Leave it out"),
+        ((str(run), None), f"problems.train={file}", r"problems.train=\['.*: the training problems .*shots.jsonl. Leave it out"),
         ((str(run), None), "prompt.pool=5", "prompt.pool=5: the training problems .*shots.jsonl. Leave it out"),
     ]:  # fmt: skip
         with pytest.raises(MassError, match=sentence):

@@ -192,7 +192,7 @@ def test_an_address_is_looked_at_before_a_model_is_loaded(monkeypatch: pytest.Mo
         with pytest.raises(MassError, match="an address is written http://HOST:PORT/v1#MODEL"):
             replace(wanted, teacher=wrong).method("tt-d")
     # a method that asks no teacher has none loaded
-    some = replace(wanted, teacher="some/model")
+    some = replace(wanted, teacher="tiny:llama")
     assert some.of_method("tt-d") == some and some.of_method("quest") == wanted
     monkeypatch.setattr(command, "build_kit", lambda _: pytest.fail("loaded"))
     words = ["--model", "tiny:llama", "--method", "tt-d", "--teacher", "http://x/v1", "--problem", "1 + 1"]

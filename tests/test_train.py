@@ -311,7 +311,7 @@ def test_one_outer_step_of_every_recipe_with_a_tiny_model_and_local_data(
     text = (ROOT / "recipes/smoke.yaml").read_text() + "inner: {steps: 0}\n"
     plain = lines(tmp_path / "plain.yaml", text.replace("name: smoke", "name: plain"))
     found, local["plain"] = [*found, plain], ["problems.heldout_size=0"]
-    recipes = {path.stem: load(path, local[path.stem]) for path in found}
+    recipes = {path.stem: load(path, [*local[path.stem], "evaluate.every=0"]) for path in found}
     common = [
         f"model.path={chain}",
         "model.device=cpu",
