@@ -95,6 +95,9 @@ def test_mass_train_runs_smoke_to_the_end(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
     log = log_of(tmp_path / "smoke")
     assert [entry["step"] for entry in log] == [0, 1, 2, 3]
+    # what a resume holds the recipe against, before it keeps the engine
+    meta = json.loads((step_of(tmp_path / "smoke", 3) / "meta.json").read_text())
+    assert meta["extra"]["asked"] == ["auto", None, True]
     wanted = "meta/loss meta/loss_before meta/gain scorer/grad_norm policy/grad_norm generator/valid generator/duplicate"
     wanted += " generator/length policy/kl verifier/failures time/step tokens/generated tokens/trained"
     assert set(wanted.split()) <= log[0].keys()
