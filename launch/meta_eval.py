@@ -2,7 +2,7 @@
 
 import sys
 
-from mass.evaluate import main
+from mass.console import evaluate
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(evaluate())

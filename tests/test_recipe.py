@@ -1,6 +1,8 @@
 """Recipes: every key, every recipe on disk, the command line and the docs."""
 
 import contextlib
+import gc
+import importlib
 import itertools
 import json
 import os
@@ -339,3 +341,30 @@ def test_ctrl_c_before_the_loop_is_no_traceback(
     with pytest.raises(SystemExit) as caught:
         console.train([str(ROOT / "recipes/smoke.yaml")])
     assert caught.value.code == 130 and capsys.readouterr().err == "mass-train: interrupted\n"
+
+
+@pytest.mark.parametrize(("name", "module"), [("adapt", "command"), ("evaluate", "evaluate")])
+def test_commands_import_without_a_collector_and_have_one_afterwards(
+    name: str, module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mass import console
+
+    own, frozen = importlib.import_module(f"mass.{module}"), gc.get_freeze_count()
+    seen: list[bool] = []
+    monkeypatch.setattr(gc, "disable", lambda: seen.append(gc.isenabled()))
+    try:
+        monkeypatch.setattr(own, "main", lambda argv: seen.append(gc.isenabled()) or 2)
+        assert getattr(console, name)(["x"]) == 2 and seen == [True, True]
+        assert gc.get_freeze_count() > frozen
+    finally:
+        gc.unfreeze()
+
+    def main(argv: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(own, "main", main)
+    with pytest.raises(SystemExit) as caught:
+        getattr(console, name)([])
+    assert caught.value.code == 130
+    assert capsys.readouterr().err.endswith(f"mass-{'adapt' if name == 'adapt' else 'eval'}: interrupted\n")
+    gc.unfreeze()

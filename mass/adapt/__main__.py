@@ -2,7 +2,7 @@
 
 import sys
 
-from mass.command import main
+from mass.console import adapt
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(adapt())
