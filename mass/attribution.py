@@ -21,6 +21,7 @@ from mass.kit import build_kit
 from mass.lora import Adapter
 from mass.model import context_length
 from mass.practice import Practice, features, solve_sequence
+from mass.prepare import NO_ENGINE
 from mass.problems import Task
 from mass.prompts import pick_shots
 from mass.rewards import Verifier
@@ -134,7 +135,7 @@ def _engine(plan: Plan) -> tuple[str, bool, bool]:
     if r.meta_gradient.mode != "auto":
         return r.meta_gradient.mode, True, r.inner.checkpoint
     # a run without an inner loop has chosen none
-    if saved is None or saved[0] == "none":
+    if saved is None or saved[0] == NO_ENGINE:
         raise MassError(
             f"{plan.step} does not say which meta-gradient engine the run chose: add meta_gradient.mode=reverse (or another)"
         )
